@@ -1,0 +1,77 @@
+"""Find a decoder's blocks and their linears by structure, whatever the family calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from owl_deploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block and its prunable linears.
+
+    Attributes:
+        name: module path, for example `model.layers.3`.
+        linears: every `nn.Linear` in it, by path inside the block (`self_attn.q_proj`), in module order.
+    """
+
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the linears (biases not counted: they are never pruned)."""
+        return sum(linear.weight.numel() for linear in self.linears.values())
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """The blocks of a decoder: the outermost list of like modules that holds most of its linears.
+
+    Raises:
+        UserError: there is no such list, or its blocks keep weights where pruning would not see them
+            (GPT-2's Conv1D, fused mixture-of-experts tensors).
+    """
+    family = type(model).__name__
+    candidates = [(name, module) for name, module in model.named_modules() if _is_block_list(module)]
+    outermost = [
+        (name, module)
+        for name, module in candidates
+        if not any(name.startswith(f"{other}.") for other, _ in candidates if other != name)
+    ]
+    if not outermost:
+        raise UserError(f"{family}: no list of transformer blocks with linears was found in it")
+    prefix, layers = max(outermost, key=lambda item: sum(weight.numel() for weight in item[1].parameters()))
+    blocks = []
+    for index, layer in enumerate(layers.children()):
+        name = f"{prefix}.{index}"
+        _refuse_hidden_weights(family, name, layer)
+        linears = {path: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        blocks.append(Block(name, layer, linears))
+    if not any(block.linears for block in blocks):
+        raise UserError(f"{family}: its blocks hold no linears to prune")
+    return blocks
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        return False
+    return all(any(isinstance(part, nn.Linear | Conv1D) for part in layer.modules()) for layer in module)
+
+
+def _refuse_hidden_weights(family: str, block_name: str, block: nn.Module) -> None:
+    for path, module in block.named_modules():
+        if isinstance(module, Conv1D):
+            raise UserError(
+                f"{family}: {block_name}.{path} is a Conv1D (transposed weights, GPT-2 style), which is not supported"
+            )
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+                raise UserError(
+                    f"{family}: {block_name}.{path}.{name} holds fused experts in one tensor, which is not supported"
+                )

@@ -1,0 +1,124 @@
+"""Files on disk: written whole or not at all, hashed, and locked while in use."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from owl_deploy.errors import UserError
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: IO[bytes]) -> str:
+    """`hashlib.file_digest` for Python 3.10."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a corrupted one is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and make it again") from error
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free_bytes = shutil.disk_usage(_existing_parent(target)).free
+            raise UserError(
+                f"{target}: the disk is full ({free_bytes / 2**20:.0f} MiB free); make room and run it again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+        raise
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path, *, manifest: str, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `target` when the body ends well, and vanishes when it does not.
+
+    `manifest` is the file that makes such a directory complete: an existing `target` that holds it, or that
+    holds anything else, is refused unless `replace`. Two processes cannot stage the same target at once.
+
+    Raises:
+        UserError: `target` exists, is being written by another process, or cannot be written.
+    """
+    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+        what = "is already there" if (target / manifest).exists() else "is not empty"
+        raise UserError(f"{target}: {what}; choose another output directory or remove this one")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.partial")
+    with locked(target):
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+        try:
+            with disk_errors(target):
+                staging.mkdir()
+                yield staging
+                if target.exists():
+                    shutil.rmtree(target)
+                staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold `target` for this process; the lock goes when the process does, however it ends."""
+    lock_path = target.with_name(f".{target.name}.lock")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_path.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{target}: in use by another owl-deploy; wait for it or choose another") from error
+        try:
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)

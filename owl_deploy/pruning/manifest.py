@@ -1,0 +1,111 @@
+"""`pruning.json`: what was asked of a sparse checkpoint, what was achieved, and how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owl_deploy.errors import UserError
+from owl_deploy.files import read_json
+
+MANIFEST = "pruning.json"
+
+
+class Record(BaseModel):
+    """Base of everything written to disk as JSON: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class LinearRecord(Record):
+    """One pruned linear.
+
+    `dampening` is SparseGPT's, as used: above the plan's where the Hessian was not positive definite.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity_asked: float
+    sparsity_achieved: float
+    dampening: float | None = None
+
+
+class BlockRecord(Record):
+    """One block; `lod_percent` is OWL's D of the dense block, where it was measured."""
+
+    name: str
+    weights: int
+    lod_percent: float | None
+    sparsity_asked: float
+    sparsity_achieved: float
+    linears: list[LinearRecord]
+
+
+class TextRecord(Record):
+    """Token windows that were used: where from, and the SHA-256 of their ids as int64."""
+
+    source: str
+    windows: int
+    seqlen: int
+    sha256: str
+
+
+class PerplexityRecord(Record):
+    """Perplexity in torch, fp32, before and after pruning."""
+
+    text: TextRecord
+    before: float
+    after: float
+
+
+class PruningManifest(Record):
+    """The whole of `pruning.json`."""
+
+    schema_version: int = 1
+    model: str
+    model_sha256: str
+    family: str
+    block_class: str
+    plan: dict[str, object]
+    seed: int
+    calibration: TextRecord | None
+    sparsity_asked: float
+    sparsity_achieved: float
+    blocks: list[BlockRecord]
+    perplexity: PerplexityRecord | None = None
+    inputs_sha256: str
+    versions: dict[str, str]
+    seconds: dict[str, float]
+
+
+def read_manifest(directory: Path) -> PruningManifest | None:
+    """The manifest of a sparse checkpoint; None for a directory that owl-deploy did not prune.
+
+    Raises:
+        UserError: the file is corrupted, or of another schema.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return PruningManifest.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}; prune the model again") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    packages = ("owl-deploy", "torch", "transformers", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def fingerprint(inputs: object) -> str:
+    """SHA-256 of a JSON value: equal for equal inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
