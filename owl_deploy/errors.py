@@ -1,8 +1,9 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read: one line each, without a traceback."""
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, and what to do, in one line.
+    """Something the user can mend: what is wrong, where, and what to do. Exit code 2."""
 
-    The command line prints the message alone, without a traceback, and exits with code 2.
-    """
+
+class CheckFailed(Exception):
+    """What was made is not what was asked for (parity, audit, a threshold): nothing is kept. Exit code 1."""

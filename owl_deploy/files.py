@@ -8,10 +8,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from owl_deploy.errors import UserError
 
@@ -19,7 +22,11 @@ from owl_deploy.errors import UserError
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: IO[bytes]) -> str:
@@ -62,15 +69,25 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turn a full or unwritable disk into one line that names `target`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free_bytes = shutil.disk_usage(_existing_parent(target)).free
+            reason = f"{os.strerror(number)}, {free_bytes / 2**20:.0f} MiB free"
+            raise UserError(f"{target}: cannot be written ({reason}); make room and run it again") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(
-                f"{target}: the disk is full ({free_bytes / 2**20:.0f} MiB free); make room and run it again"
+                f"{target}: cannot be written ({os.strerror(number)}); choose another place"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
         raise
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The operating system's error number, which safetensors only tells in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _existing_parent(path: Path) -> Path:
@@ -117,7 +134,9 @@ def locked(target: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{target}: in use by another owl-deploy; wait for it or choose another") from error
+            raise UserError(
+                f"{target}: in use by another owl-deploy; wait for it or choose another"
+            ) from error
         try:
             yield
         finally:

@@ -380,7 +380,9 @@ def _modifier_entries(file: _File) -> list[_Entry]:
             if file.value(group.value) != "oneshot":
                 raise file.refuse(group.key, "run_type must be oneshot; owl-deploy prunes without training")
         elif group.name == "modifiers":
-            raise file.refuse(group.key, "the tools drop a group called modifiers; call it pruning_modifiers")
+            raise file.refuse(
+                group.key, "llm-compressor drops a group called modifiers; call it pruning_modifiers"
+            )
         elif not group.name.endswith("_modifiers"):
             raise file.refuse(
                 group.key,

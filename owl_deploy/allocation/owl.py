@@ -26,7 +26,9 @@ def outlier_percent(scores: Iterable[torch.Tensor], m: float) -> float:
     return 100.0 * (flat > m * flat.mean()).sum().item() / flat.numel()
 
 
-def owl_sparsities(lod: Sequence[float], sparsity: float, owl_lambda: float, weights: Sequence[int]) -> list[float]:
+def owl_sparsities(
+    lod: Sequence[float], sparsity: float, owl_lambda: float, weights: Sequence[int]
+) -> list[float]:
     """Block sparsities from the LOD: `d = minmax(D) * 2 lambda`, `S_b = 1 - (d_b - mean(d) + (1 - S))`.
 
     This is the published code's formula. Its mean is taken over blocks; ours is over weights, which is the same
@@ -58,11 +60,15 @@ def fit_to_range(
     high = max(_MAX_SPARSITY, target)
     if sparsities.min() >= 0 and sparsities.max() <= high:
         return sparsities
-    below, above = -sparsities.max(), high - sparsities.min()  # shifts that clip every block at 0, or at `high`
+    below, above = (
+        -sparsities.max(),
+        high - sparsities.min(),
+    )  # shifts that clip every block at 0, or at `high`
     for _ in range(100):  # bisection: the mean of the clipped values rises with the shift
         shift = (below + above) / 2
         if np.clip(sparsities + shift, 0, high) @ share < target:
             below = shift
         else:
             above = shift
-    return np.clip(sparsities + (below + above) / 2, 0, high)
+    fitted: NDArray[np.float64] = np.clip(sparsities + (below + above) / 2, 0, high)
+    return fitted

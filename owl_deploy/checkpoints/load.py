@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from owl_deploy.checkpoints import gguf
@@ -19,7 +25,13 @@ from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tokenizer_config.json",
+    "spiece.model",
+)
 
 
 @contextlib.contextmanager
@@ -66,7 +78,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
         raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
     model.config._name_or_path = source.name  # transformers puts the path of a temporary directory there
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_config(directory: Path) -> Any:
@@ -114,7 +126,9 @@ def check_weight_files(directory: Path) -> None:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard}: corrupted safetensors file ({error}); fetch or make it again") from error
+            raise UserError(
+                f"{shard}: corrupted safetensors file ({error}); fetch or make it again"
+            ) from error
     if not shards and not any(directory.glob("*.bin")):
         raise UserError(f"{directory}: holds no *.safetensors weights")
 
@@ -132,7 +146,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         return None
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(source.path)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error

@@ -35,7 +35,11 @@ class ModelSource:
         """SHA-256 over the config and all weights: equal for equal models, wherever they lie."""
         if self.is_gguf:
             return sha256(self.path)
-        files = [self.path / "config.json", *sorted(self.path.glob("*.safetensors")), *sorted(self.path.glob("*.bin"))]
+        files = [
+            self.path / "config.json",
+            *sorted(self.path.glob("*.safetensors")),
+            *sorted(self.path.glob("*.bin")),
+        ]
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name} {sha256(file)}\n".encode())
@@ -79,12 +83,23 @@ def _demo_gguf() -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{hub_id}: neither a local file or directory nor a model the hub would give ({reason})"

@@ -43,7 +43,9 @@ class CheckpointTensors:
             UserError: the checkpoint has no such tensor.
         """
         if name not in self:
-            raise UserError(f"{self._checkpoint}: tensor {name} is missing; the checkpoint does not match its config")
+            raise UserError(
+                f"{self._checkpoint}: tensor {name} is missing; the checkpoint does not match its config"
+            )
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)
         return np.asarray(tensor.to(torch.float32).numpy(), np.float32)
 

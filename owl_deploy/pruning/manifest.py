@@ -103,7 +103,9 @@ def read_manifest(directory: Path) -> PruningManifest | None:
 def versions() -> dict[str, str]:
     """Versions of what decides the result."""
     packages = ("owl-deploy", "torch", "transformers", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
 
 
 def fingerprint(inputs: object) -> str:

@@ -54,7 +54,9 @@ def sparsegpt(
         block, error = W[:, start:end].clone(), torch.zeros_like(W[:, start:end])
         inverse = U[start:end, start:end]
         saliency = block**2 / inverse.diagonal() ** 2
-        mask = _block_mask(saliency, sparsity) if pattern is None else torch.zeros_like(block, dtype=torch.bool)
+        mask = (
+            _block_mask(saliency, sparsity) if pattern is None else torch.zeros_like(block, dtype=torch.bool)
+        )
         for i in range(end - start):
             if pattern is not None and i % pattern.of == 0:
                 group = slice(i, i + pattern.of)
@@ -89,4 +91,6 @@ def _inverse_cholesky(H: torch.Tensor, dampening: float) -> tuple[torch.Tensor, 
             if not failed and bool(upper.isfinite().all()):
                 return upper, dampening
         dampening *= 10
-    raise UserError("the calibration activations give no usable Hessian (NaN or infinite); check the model's weights")
+    raise UserError(
+        "the calibration activations give no usable Hessian (NaN or infinite); check the model's weights"
+    )

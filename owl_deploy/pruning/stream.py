@@ -58,7 +58,8 @@ class CalibrationStream:
     def _run(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
         arguments, keywords = self._calls[block.name]
         output = block.module(hidden, *arguments, **keywords)
-        return output[0] if isinstance(output, tuple) else output
+        moved: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return moved
 
 
 @contextlib.contextmanager
@@ -88,7 +89,9 @@ def _record_calls(
 
         return before
 
-    handles = [block.module.register_forward_pre_hook(recorder(block.name), with_kwargs=True) for block in blocks]
+    handles = [
+        block.module.register_forward_pre_hook(recorder(block.name), with_kwargs=True) for block in blocks
+    ]
     try:
         model(sequence, use_cache=False)
     finally:

@@ -1,0 +1,5 @@
+"""The `owl-deploy` command."""
+
+from owl_deploy.cli.app import main
+
+__all__ = ["main"]

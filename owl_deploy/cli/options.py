@@ -1,0 +1,29 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text to calibrate on: c4, wikitext2, demo, a .txt, .jsonl or .parquet file, or a .npy of ids."
+    ),
+]
+Samples = Annotated[Optional[int], typer.Option(min=1, help="Calibration windows. Default: 128.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
+
+MODEL_HELP = "Hub id, local directory, .gguf file, or `demo` (SmolLM2-135M-Instruct from the demo extra)."
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch compute on this many threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

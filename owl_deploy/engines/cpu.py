@@ -1,0 +1,31 @@
+"""What this CPU can do, for engines that do not say it themselves."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+# The widest vector instruction sets first, by their flag in /proc/cpuinfo.
+_INSTRUCTION_SETS = (
+    ("amx_tile", "amx"),
+    ("avx512_vnni", "avx512_vnni"),
+    ("avx512f", "avx512"),
+    ("avx2", "avx2"),
+    ("asimd", "neon"),
+)
+
+
+def cpu_flags() -> frozenset[str]:
+    """The feature flags of /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return frozenset()
+    lines = path.read_text().splitlines()
+    flags = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(flags, "").split())
+
+
+def instruction_set() -> str:
+    """The widest instruction set of this CPU; what an engine makes of it is the engine's own choice."""
+    flags = cpu_flags()
+    return next((name for flag, name in _INSTRUCTION_SETS if flag in flags), platform.machine())

@@ -1,0 +1,218 @@
+"""DeepSparse 1.8.0, the paper's engine: runs in its own environment (Python <= 3.11, numpy < 2).
+
+It compiles for static shapes only, so one `standard` graph becomes several: one that takes a single token, and one
+for every length in which prompts are fed. All share one sequence length S and, through it, one cache, whose tokens
+are aligned to the right. Where the graph allows, the cache is DeepSparse's own, inside the engine.
+
+A graph that its compiler cannot take ends the process, so run this in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl_deploy.engines.protocol import Logits, TokenIds
+from owl_deploy.engines.static_graphs import StaticGraphs
+from owl_deploy.errors import UserError
+from owl_deploy.export.names import ATTENTION_BIAS
+
+_HIDDEN = np.finfo(np.float32).min
+_SPARE_SLOTS = 2  # so that half of any prompt is a piece that `_pieces` may use
+
+
+class DeepSparseEngine:
+    """`protocol.Engine` on DeepSparse.
+
+    Raises:
+        UserError: DeepSparse is not installed in this environment, or numpy is too new for it.
+    """
+
+    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...]) -> None:
+        self._deepsparse = _import_deepsparse()
+        self._graphs = StaticGraphs(graph, total=context + _SPARE_SLOTS)
+        self._threads = threads
+        # Repeating the heads of its internal cache is one of the things that end the process.
+        self._cache: _Cache = (
+            _ExternalCache(self._graphs) if self._graphs.expands_cache else _InternalCache(self._graphs)
+        )
+        planned = {piece for prompt in prompts for piece in _pieces(prompt, self._graphs.total)}
+        self._planned = {piece: self._compile(piece) for piece in sorted(planned | {1})}
+        self._latest = (1, self._planned[1])
+        self._length = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Beside the protocol's facts: what share of its operators each compiled engine runs itself (0 to 1), by
+        the number of tokens it takes, and whether the cache is DeepSparse's own."""
+        machine = self._deepsparse.cpu.cpu_architecture()
+        return {
+            "version": self._deepsparse.__version__,
+            "instruction_set": f"{machine.isa}_vnni" if machine.vnni else machine.isa,
+            "fraction_of_supported_ops": {
+                str(piece): engine.fraction_of_supported_ops for piece, engine in self._planned.items()
+            },
+            "internal_kv_cache": isinstance(self._cache, _InternalCache),
+        }
+
+    def prefill(self, ids: TokenIds) -> Logits:
+        """See `protocol.Engine`. A length that was not among `prompts` is compiled first, in seconds.
+
+        Raises:
+            ValueError: `ids` is empty or longer than the context.
+        """
+        self._cache.clear()
+        self._length = 0
+        pieces = _pieces(len(ids), self._graphs.total)
+        ends = np.cumsum(pieces)
+        logits = [self._append(ids[end - piece : end]) for piece, end in zip(pieces, ends, strict=True)]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def decode(self, token: int) -> Logits:
+        """See `protocol.Engine`.
+
+        Raises:
+            ValueError: the context is full.
+        """
+        return self._append(np.array([token], np.int64))[0]
+
+    def _append(self, ids: TokenIds) -> Logits:
+        """Run one piece of the sequence; the logits of its tokens, [L, vocab]."""
+        new, past = len(ids), self._length
+        if not 0 < new <= self._graphs.total - _SPARE_SLOTS - past:
+            raise ValueError(
+                f"{new} tokens after {past} do not fit a context of {self._graphs.total - _SPARE_SLOTS}"
+            )
+        engine = self._engine(new)
+        feed = {
+            "input_ids": np.ascontiguousarray(ids[None]),
+            "position_ids": np.arange(past, past + new)[None],
+            **self._visibility(past, new),
+            **self._cache.inputs(new),
+        }
+        logits: NDArray[np.float32] = self._cache.run(engine, [feed[name] for name in engine.input_names])
+        self._length = past + new
+        return logits[0]
+
+    def _visibility(self, past: int, new: int) -> dict[str, NDArray[Any]]:
+        """Which slots of the right-aligned sequence hold tokens, and which of these each new token may look at."""
+        first, total = self._graphs.total - past - new, self._graphs.total
+        if self._graphs.query_groups is None:
+            return {"attention_mask": (np.arange(total) >= first).astype(np.int64)[None]}
+        slots, last = np.arange(total), np.arange(total - new, total)[:, None]
+        bias = np.where((slots >= first) & (slots <= last), np.float32(0), _HIDDEN)
+        return {ATTENTION_BIAS: np.tile(bias, (self._graphs.query_groups, 1))[None, None]}
+
+    def _engine(self, piece: int) -> Any:
+        """The engine for pieces of this length. Of those not planned only the latest is kept: each holds a whole
+        copy of the weights."""
+        if piece in self._planned:
+            return self._planned[piece]
+        if self._latest[0] != piece:
+            self._latest = (1, self._planned[1])  # frees the one before
+            self._latest = (piece, self._compile(piece))
+        return self._latest[1]
+
+    def _compile(self, piece: int) -> Any:
+        """An engine that takes `piece` tokens. Its files are gone afterwards: it keeps what it needs in memory."""
+        with tempfile.TemporaryDirectory(prefix="owl-deploy-deepsparse-") as folder:
+            return self._deepsparse.Engine(
+                str(self._graphs.write(Path(folder), piece)),
+                batch_size=1,
+                num_cores=self._threads,
+                cached_outputs=self._cache.cached_outputs,
+            )
+
+
+class _Cache(Protocol):
+    """Keys and values of the sequence so far, and the way to run an engine that continues it."""
+
+    cached_outputs: list[bool] | None
+
+    def clear(self) -> None: ...
+
+    def inputs(self, new: int) -> dict[str, NDArray[np.float32]]:
+        """What an engine that takes `new` tokens is fed for its cache inputs."""
+
+    def run(self, engine: Any, feed: list[NDArray[Any]]) -> NDArray[np.float32]:
+        """Run, store the new keys and values, and return the logits, [1, L, vocab]."""
+
+
+class _InternalCache:
+    """DeepSparse's own cache: arrays of batch 0 stand for inputs that never leave the engine."""
+
+    def __init__(self, graphs: StaticGraphs) -> None:
+        self.cached_outputs: list[bool] | None = [name in graphs.present for name in graphs.outputs]
+        self._graphs = graphs
+
+    def clear(self) -> None:
+        from deepsparse.engine import LIB
+
+        self._cache = LIB.kv_cache(0, 0)
+
+    def inputs(self, new: int) -> dict[str, NDArray[np.float32]]:
+        _, *shape = self._graphs.cache_shape(self._graphs.total - new)
+        return dict.fromkeys(self._graphs.past, np.empty((0, *shape), np.float32))
+
+    def run(self, engine: Any, feed: list[NDArray[Any]]) -> NDArray[np.float32]:
+        # `Engine.run` has no way to pass the cache on; DeepSparse's own pipelines call this too.
+        logits: NDArray[np.float32] = engine._eng_net.execute_list_out(feed, [self._cache])[0]
+        return logits
+
+
+class _ExternalCache:
+    """Keys and values as arrays [1, heads, S, head dimension] that go in and come out at every step."""
+
+    cached_outputs: list[bool] | None = None
+
+    def __init__(self, graphs: StaticGraphs) -> None:
+        self._graphs = graphs
+
+    def clear(self) -> None:
+        self._states = [np.zeros(self._graphs.cache_shape(self._graphs.total), np.float32)] * len(
+            self._graphs.past
+        )
+
+    def inputs(self, new: int) -> dict[str, NDArray[np.float32]]:
+        kept = (np.ascontiguousarray(state[:, :, new:]) for state in self._states)
+        return dict(zip(self._graphs.past, kept, strict=True))
+
+    def run(self, engine: Any, feed: list[NDArray[Any]]) -> NDArray[np.float32]:
+        outputs = dict(zip(engine.output_names, engine.run(feed, val_inp=False), strict=True))
+        self._states = [outputs[name] for name in self._graphs.present]
+        logits: NDArray[np.float32] = outputs["logits"]
+        return logits
+
+
+def _pieces(length: int, total: int) -> list[int]:
+    """The lengths in which a prompt is fed.
+
+    DeepSparse's internal cache takes a piece only if it is shorter than the rest of the sequence, S - L; past that
+    it returns NaN. Two halves of 256 took as long as 512 tokens at once without a cache.
+    """
+    if 2 * length < total:
+        return [length]
+    half = length // 2
+    return [half, half, 1][: 2 + length % 2]
+
+
+def _import_deepsparse() -> ModuleType:
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise UserError(
+            f"DeepSparse returns wrong logits with numpy {np.__version__}; install numpy<2 beside it"
+        )
+    os.environ["NM_DISABLE_ANALYTICS"] = "1"  # or the import looks up the country and reports to its maker
+    try:
+        import deepsparse
+        import deepsparse.cpu
+    except ImportError as error:
+        raise UserError(
+            f"DeepSparse cannot be imported ({error}); install deepsparse==1.8.0 on Python 3.11"
+        ) from error
+    module: ModuleType = deepsparse
+    return module

@@ -1,0 +1,109 @@
+"""ONNX Runtime on the CPU, with IO binding; the KV cache is one shared buffer where the graph allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from owl_deploy.engines.cpu import instruction_set
+from owl_deploy.engines.protocol import Logits, TokenIds
+
+
+class OnnxRuntimeEngine:
+    """Runs `genai/` and `standard/` graphs.
+
+    A graph that lies beside a `genai_config.json` attends with GroupQueryAttention, which appends to its cache in
+    place: past and present are bound to one buffer of `context` tokens. Any other graph returns a longer cache
+    each step, which becomes the next step's past without a copy of our own.
+    """
+
+    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...] = ()) -> None:
+        del prompts  # shapes are dynamic: nothing is compiled per length
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._binding = self._session.io_binding()
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
+        self._caches = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self._shares_cache = (graph.parent / "genai_config.json").is_file()
+        self._ones = np.ones(context, np.int64)
+        self._positions = np.arange(context, dtype=np.int64)
+        self._length = 0
+        if self._shares_cache:
+            self._bind_shared_cache(context)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "version": onnxruntime.__version__,
+            "instruction_set": instruction_set(),
+            "shared_kv_buffer": self._shares_cache,
+        }
+
+    def prefill(self, ids: TokenIds) -> Logits:
+        self._length = 0
+        if not self._shares_cache:
+            for name in self._caches:
+                self._binding.bind_ortvalue_input(
+                    name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32))
+                )
+        return self._run(ids)
+
+    def decode(self, token: int) -> Logits:
+        logits: Logits = self._run(np.array([token], np.int64))[0]
+        return logits
+
+    def _run(self, ids: TokenIds) -> Logits:
+        """Append `ids` to the sequence; logits [len(ids), vocab]."""
+        total = self._length + len(ids)
+        feeds = {
+            "input_ids": ids[None],
+            "attention_mask": self._ones[None, :total],
+            "position_ids": self._positions[None, self._length : total],
+        }
+        for name, array in feeds.items():
+            if name in self._inputs:
+                self._bind_input(name, np.ascontiguousarray(array))
+        logits = np.empty((1, len(ids), self._vocabulary), np.float32)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if not self._shares_cache:
+            for name in self._caches:
+                self._binding.bind_output(_present(name), "cpu")
+        self._session.run_with_iobinding(self._binding)
+        if not self._shares_cache:
+            presents = dict(zip(self._output_names, self._binding.get_outputs(), strict=True))
+            for name in self._caches:
+                self._binding.bind_ortvalue_input(name, presents[_present(name)])
+        self._length = total
+        return logits[0]
+
+    @property
+    def _output_names(self) -> list[str]:
+        return ["logits", *(_present(name) for name in self._caches)]  # in the order they are bound
+
+    def _bind_input(self, name: str, array: NDArray[np.int64]) -> None:
+        self._binding.bind_ortvalue_input(name, _ort_value(array))
+
+    def _bind_shared_cache(self, context: int) -> None:
+        for name in self._caches:
+            buffer = _ort_value(np.zeros(self._cache_shape(name, context), np.float32))
+            self._binding.bind_ortvalue_input(name, buffer)
+            self._binding.bind_ortvalue_output(_present(name), buffer)
+
+    def _cache_shape(self, name: str, tokens: int) -> tuple[int, int, int, int]:
+        _, heads, _, head_size = self._inputs[name].shape
+        return 1, heads, tokens, head_size
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")
+
+
+def _ort_value(array: NDArray[Any]) -> Any:
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,105 @@
+"""`bundle.json`: the graphs made from one checkpoint, and what was checked about them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field, ValidationError
+
+from owl_deploy.errors import UserError
+from owl_deploy.export.parity import ParityRecord
+from owl_deploy.files import read_json
+from owl_deploy.pruning.manifest import Record
+
+MANIFEST = "bundle.json"
+GRAPH = "model.onnx"
+
+Flavor = Literal["standard", "genai"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+
+
+class FileRecord(Record):
+    """One file of a flavor, by its path in the bundle."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class AuditRecord(Record):
+    """The sparsity audit: each linear's weight was found unchanged in the graph, at this place."""
+
+    weights: int
+    zeros: int
+    linears: dict[str, str]
+
+
+class FlavorRecord(Record):
+    """One graph; `source` is the exporter it came from and `note` why that one."""
+
+    source: str
+    note: str
+    parity: ParityRecord
+    audit: AuditRecord
+    files: list[FileRecord]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its weights, tokenizer and configs not counted."""
+        return sum(file.bytes for file in self.files if Path(file.path).name.startswith(GRAPH))
+
+
+class BundleManifest(Record):
+    """The whole of `bundle.json`.
+
+    `parity_text` is what the graphs were compared on: the packaged passage, or random ids without a tokenizer.
+    """
+
+    schema_version: int = 1
+    model: str
+    checkpoint_sha256: str
+    family: str
+    sparsity_asked: float | None
+    sparsity_achieved: float
+    vocabulary: int
+    context: int | None
+    has_tokenizer: bool
+    parity_text: Literal["passage", "random"]
+    flavors: dict[Flavor, FlavorRecord]
+    unsupported: dict[Flavor, str] = Field(default_factory=dict)
+    versions: dict[str, str]
+
+
+def read_bundle(directory: Path) -> BundleManifest:
+    """The manifest of a bundle.
+
+    Raises:
+        UserError: the directory is not a bundle, or its manifest is corrupted or of another schema.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export"
+        )
+    try:
+        return BundleManifest.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}; export the model again") from error
+
+
+def exporter_versions() -> dict[str, str]:
+    """Versions of what decides the graphs."""
+    names = (
+        "owl-deploy",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-genai",
+        "optimum-onnx",
+    )
+    return {name: importlib.metadata.version(name) for name in names}

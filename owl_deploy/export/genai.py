@@ -1,0 +1,44 @@
+"""The `genai/` flavor: onnxruntime-genai's graph, with GroupQueryAttention and a shared KV buffer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from owl_deploy.errors import UserError
+
+_SHOWN_LINES = 5
+
+
+class UnsupportedFamily(UserError):
+    """The exporter of a flavor does not know the model's family."""
+
+
+def write_genai(checkpoint: Path, out: Path) -> None:
+    """Write an fp32 CPU graph, `genai_config.json` and the tokenizer into the existing directory `out`.
+
+    The builder runs as a process of its own: its output stays off the terminal, and its memory is given back.
+
+    Raises:
+        UnsupportedFamily: the builder has no graph for this architecture.
+        UserError: the builder failed.
+    """
+    with tempfile.TemporaryDirectory(dir=out, prefix=".cache-") as cache:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", str(checkpoint), "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", cache]
+        # hf_token=false: local files only, no account is looked for.
+        command += ["--extra_options", "hf_token=false", "hf_remote=false"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and (out / "model.onnx").is_file():
+        return
+    output = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    if "is not currently supported" in done.stderr:
+        raise UnsupportedFamily(
+            f"{checkpoint}: onnxruntime-genai's builder does not know this family; use --flavor standard"
+        )
+    last_lines = " | ".join(output[-_SHOWN_LINES:])
+    raise UserError(
+        f"{checkpoint}: onnxruntime-genai's builder failed (exit code {done.returncode}): {last_lines}"
+    )

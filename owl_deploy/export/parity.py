@@ -1,0 +1,98 @@
+"""Does the graph compute what the checkpoint computes? Checked by the engine that will run it, on real text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from owl_deploy.engines.protocol import Engine, Logits, TokenIds
+from owl_deploy.errors import CheckFailed
+from owl_deploy.pruning.manifest import Record
+
+TOLERANCE = 1e-2  # of a logit
+_DECODED = 16  # the last tokens of the passage, run one by one on a cache
+
+
+class ParityRecord(Record):
+    """Agreement of two sets of logits, position by position.
+
+    Attributes:
+        positions: compared without and with a cache.
+        max_abs_difference: of any logit, at any position; without and with a cache.
+        argmax_agreement: fraction of positions with the same most likely token.
+    """
+
+    positions: int
+    positions_with_past: int
+    max_abs_difference: float
+    max_abs_difference_with_past: float
+    argmax_agreement: float
+
+
+@torch.inference_mode()
+def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
+    """Logits of the torch model for one sequence: [length] -> [length, vocab]."""
+    logits: Logits = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
+    return logits
+
+
+def engine_logits(engine: Engine, ids: TokenIds) -> tuple[Logits, Logits]:
+    """An engine's logits for one sequence: of all positions at once, and of the last 16 token by token."""
+    at_once = engine.prefill(ids)
+    engine.prefill(ids[:-_DECODED])
+    return at_once, np.stack([engine.decode(int(token)) for token in ids[-_DECODED:]])
+
+
+def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRecord:
+    """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
+
+    Args:
+        ids: one sequence of more than 16 tokens.
+
+    Raises:
+        CheckFailed: see `compare`.
+    """
+    engine = OnnxRuntimeEngine(graph, threads=torch.get_num_threads(), context=len(ids))
+    return compare(
+        reference_logits(model, ids), *engine_logits(engine, ids), what=f"{graph.parent.name}/{graph.name}"
+    )
+
+
+def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) -> ParityRecord:
+    """Compare logits [length, vocab] with those computed at once, and the last of them with those decoded.
+
+    Raises:
+        CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
+            likely ones are further apart than that.
+    """
+    difference = _difference(expected, at_once)
+    difference_with_past = _difference(expected[-len(decoded) :], decoded)
+    pairs = np.concatenate([expected, expected[-len(decoded) :]]), np.concatenate([at_once, decoded])
+    agrees = pairs[0].argmax(axis=1) == pairs[1].argmax(axis=1)
+    top_two = np.partition(pairs[0], -2, axis=1)[:, -2:]
+    clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
+    worst = max(difference, difference_with_past)
+    if not worst <= TOLERANCE:  # NaN fails too
+        raise CheckFailed(
+            f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}"
+        )
+    if (clear & ~agrees).any():
+        raise CheckFailed(
+            f"{what}: its most likely token differs from the checkpoint's where that one is clear"
+        )
+    return ParityRecord(
+        positions=len(at_once),
+        positions_with_past=len(decoded),
+        max_abs_difference=difference,
+        max_abs_difference_with_past=difference_with_past,
+        argmax_agreement=float(agrees.mean()),
+    )
+
+
+def _difference(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    return float(np.abs(expected - actual).max())
