@@ -22,11 +22,7 @@ from owl_deploy.errors import UserError
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
 def _digest(file: IO[bytes]) -> str:
@@ -76,9 +72,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             reason = f"{os.strerror(number)}, {free_bytes / 2**20:.0f} MiB free"
             raise UserError(f"{target}: cannot be written ({reason}); make room and run it again") from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(
-                f"{target}: cannot be written ({os.strerror(number)}); choose another place"
-            ) from error
+            raise UserError(f"{target}: cannot be written ({os.strerror(number)}); choose another place") from error
         raise
 
 
@@ -134,9 +128,7 @@ def locked(target: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"{target}: in use by another owl-deploy; wait for it or choose another"
-            ) from error
+            raise UserError(f"{target}: in use by another owl-deploy; wait for it or choose another") from error
         try:
             yield
         finally:

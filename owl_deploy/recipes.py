@@ -232,9 +232,7 @@ class _Wanda(_Modifier):
 class _SparseGPT(_Wanda):
     block_size: _Integer = Field(default=128, description="an integer of at least 1")
     dampening_frac: Annotated[_Real, Field(gt=0)] = Field(default=0.01, description="a number above 0")
-    preserve_sparsity_mask: Literal[False] = Field(
-        default=False, description="false: owl-deploy chooses the mask anew"
-    )
+    preserve_sparsity_mask: Literal[False] = Field(default=False, description="false: owl-deploy chooses the mask anew")
     offload_hessians: bool = Field(default=False, description="true or false")
 
 
@@ -247,9 +245,7 @@ class _Magnitude(_Modifier):
         description='"N:M" in quotes (N of every M weights are pruned), or unstructured',
     )
     leave_enabled: bool = Field(default=True, description="true or false")
-    apply_globally: Literal[False] = Field(
-        default=False, description="false: each linear has its own threshold"
-    )
+    apply_globally: Literal[False] = Field(default=False, description="false: each linear has its own threshold")
 
 
 _MODELS: dict[str, type[_Modifier]] = {
@@ -337,9 +333,7 @@ class _File:
                 raise self.refuse(key, f"{what} has a key that is not a name")
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
-                raise self.refuse(
-                    key, f"{key.value} is already given on line {line}; one of them would be lost"
-                )
+                raise self.refuse(key, f"{key.value} is already given on line {line}; one of them would be lost")
             first[key.value] = key
             yield _Entry(key.value, key, value)
 
@@ -380,9 +374,7 @@ def _modifier_entries(file: _File) -> list[_Entry]:
             if file.value(group.value) != "oneshot":
                 raise file.refuse(group.key, "run_type must be oneshot; owl-deploy prunes without training")
         elif group.name == "modifiers":
-            raise file.refuse(
-                group.key, "llm-compressor drops a group called modifiers; call it pruning_modifiers"
-            )
+            raise file.refuse(group.key, "llm-compressor drops a group called modifiers; call it pruning_modifiers")
         elif not group.name.endswith("_modifiers"):
             raise file.refuse(
                 group.key,
@@ -438,9 +430,7 @@ def _field_error(
     if details["type"] == "missing":
         return file.refuse(entry.key, f"{entry.name} lacks {name}: {model.model_fields[name].description}")
     if details["type"] == "extra_forbidden" and name in _TRAINING_FIELDS:
-        return file.refuse(
-            fields[name].key, f"{name} is for pruning while training, which owl-deploy does not do"
-        )
+        return file.refuse(fields[name].key, f"{name} is for pruning while training, which owl-deploy does not do")
     if details["type"] == "extra_forbidden":
         near = _did_you_mean(name, model.model_fields)
         return file.refuse(fields[name].key, f"{entry.name} has no {name}; SparseML would ignore it{near}")
@@ -533,9 +523,7 @@ def _per_block_magnitude(modifiers: Sequence[_Parsed]) -> Recipe:
         targets += names
         sparsities.append(plan.sparsity)
     first = modifiers[0]
-    plan = PruningPlan(
-        fmean(sparsities), method="magnitude", allocation="explicit", block_sparsities=tuple(sparsities)
-    )
+    plan = PruningPlan(fmean(sparsities), method="magnitude", allocation="explicit", block_sparsities=tuple(sparsities))
     return Recipe(plan, tuple(targets), first.file.where(first.fields["targets"].key))
 
 

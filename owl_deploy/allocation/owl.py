@@ -26,9 +26,7 @@ def outlier_percent(scores: Iterable[torch.Tensor], m: float) -> float:
     return 100.0 * (flat > m * flat.mean()).sum().item() / flat.numel()
 
 
-def owl_sparsities(
-    lod: Sequence[float], sparsity: float, owl_lambda: float, weights: Sequence[int]
-) -> list[float]:
+def owl_sparsities(lod: Sequence[float], sparsity: float, owl_lambda: float, weights: Sequence[int]) -> list[float]:
     """Block sparsities from the LOD: `d = minmax(D) * 2 lambda`, `S_b = 1 - (d_b - mean(d) + (1 - S))`.
 
     This is the published code's formula. Its mean is taken over blocks; ours is over weights, which is the same
@@ -50,9 +48,7 @@ def owl_sparsities(
     return fit_to_range(1 - (d - d @ share + (1 - sparsity)), sparsity, share).tolist()  # type: ignore[no-any-return]
 
 
-def fit_to_range(
-    sparsities: NDArray[np.float64], target: float, share: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def fit_to_range(sparsities: NDArray[np.float64], target: float, share: NDArray[np.float64]) -> NDArray[np.float64]:
     """Clip sparsities to [0, 0.99] and shift them all so that their mean, weighted by `share`, stays `target`.
 
     Sparsities already in range come back unchanged.

@@ -52,7 +52,7 @@ class Row(Record):
     A row whose engine could not run has `status` "failed" and says why in `error`; its figures are null.
 
     Attributes:
-        bundle: the bundle's directory name.
+        bundle: the bundle's directory.
         flavor, weights: the graph that was run, and its weight format.
         sparsity_asked: null for a checkpoint that owl-deploy did not prune.
         sparsity_achieved: zeros among the block linears' weights, as audited in the graph.

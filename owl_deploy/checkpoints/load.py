@@ -126,9 +126,7 @@ def check_weight_files(directory: Path) -> None:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{shard}: corrupted safetensors file ({error}); fetch or make it again"
-            ) from error
+            raise UserError(f"{shard}: corrupted safetensors file ({error}); fetch or make it again") from error
     if not shards and not any(directory.glob("*.bin")):
         raise UserError(f"{directory}: holds no *.safetensors weights")
 

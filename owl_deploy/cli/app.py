@@ -11,7 +11,7 @@ import typer
 
 from owl_deploy import __version__
 from owl_deploy.cli import bench, engines, evaluate, export, prune
-from owl_deploy.errors import UserError
+from owl_deploy.errors import CheckFailed, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,9 +30,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Prune an LLM with OWL, export it to ONNX, and measure what the sparsity buys on a CPU.
 
@@ -47,15 +45,18 @@ app.command()(bench.bench)
 app.add_typer(engines.app, name="engines")
 
 
-def main() -> None:
-    """Run the command; a mistake in the input is one line and exit code 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command (`sys.argv` by default); a mistake in the input is one line and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a worker process is started
     signal.signal(signal.SIGTERM, _interrupt)  # so that a killed run cleans up like an interrupted one
     try:
-        app()
+        app(arguments)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except CheckFailed as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was finished is kept, nothing is half-written", err=True)
         sys.exit(130)

@@ -32,7 +32,7 @@ def export(
 
         owl-deploy export sparse -o bundle --flavor genai --json
     """
-    from owl_deploy.export.bundle import FLAVORS
+    from owl_deploy.export.names import FLAVORS
     from owl_deploy.export.run import export_checkpoint
 
     if flavor not in (*FLAVORS, "all"):

@@ -11,9 +11,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Calibration = Annotated[
     str,
-    typer.Option(
-        help="Text to calibrate on: c4, wikitext2, demo, a .txt, .jsonl or .parquet file, or a .npy of ids."
-    ),
+    typer.Option(help="Text to calibrate on: c4, wikitext2, demo, a .txt, .jsonl or .parquet file, or a .npy of ids."),
 ]
 Samples = Annotated[Optional[int], typer.Option(min=1, help="Calibration windows. Default: 128.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]

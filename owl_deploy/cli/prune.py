@@ -15,18 +15,12 @@ from owl_deploy.reporting import Reporter
 def prune(
     model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the sparse checkpoint.")],
-    sparsity: Annotated[
-        Optional[float], typer.Option(help="Fraction of all block weights to zero, 0 up to 1.")
-    ] = None,
+    sparsity: Annotated[Optional[float], typer.Option(help="Fraction of all block weights to zero, 0 up to 1.")] = None,
     method: Annotated[
         Optional[str], typer.Option(help="Which weights go: magnitude, wanda (default) or sparsegpt.")
     ] = None,
-    allocation: Annotated[
-        Optional[str], typer.Option(help="How many of each block: owl (default) or uniform.")
-    ] = None,
-    owl_m: Annotated[
-        Optional[float], typer.Option(help="OWL: outliers exceed M times the mean. Default: 5.")
-    ] = None,
+    allocation: Annotated[Optional[str], typer.Option(help="How many of each block: owl (default) or uniform.")] = None,
+    owl_m: Annotated[Optional[float], typer.Option(help="OWL: outliers exceed M times the mean. Default: 5.")] = None,
     owl_lambda: Annotated[
         Optional[float], typer.Option(help="OWL: half the range of block sparsities. Default: 0.08.")
     ] = None,
@@ -44,9 +38,7 @@ def prune(
         Optional[str],
         typer.Option(metavar="SPEC", help="Also measure perplexity before and after on this text."),
     ] = None,
-    evaluate_windows: Annotated[
-        Optional[int], typer.Option(min=1, help="Evaluate on this many windows only.")
-    ] = None,
+    evaluate_windows: Annotated[Optional[int], typer.Option(min=1, help="Evaluate on this many windows only.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -66,7 +58,6 @@ def prune(
     """
     from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.pruning.plan import PruningPlan
-    from owl_deploy.pruning.run import Calibration, Evaluation, prune_checkpoint
     from owl_deploy.recipes import read_recipe
 
     asked: dict[str, Any] = {
@@ -87,10 +78,15 @@ def prune(
         plan = read.plan
     else:
         plan = PruningPlan(**_with_pattern(given))
+    source = resolve_model(model)
+
+    # Mistakes above are told at once: only now torch is imported, which takes seconds.
+    from owl_deploy.pruning.run import Calibration, Evaluation, prune_checkpoint
+
     options.use_threads(threads)
     reporter = Reporter(quiet=quiet)
     manifest = prune_checkpoint(
-        resolve_model(model),
+        source,
         output,
         plan,
         Calibration(calibration, samples, seqlen, seed),
@@ -104,9 +100,7 @@ def prune(
         typer.echo(f"{output}: sparsity {manifest.sparsity_achieved:.4f} of {len(manifest.blocks)} blocks")
         if manifest.perplexity is not None:
             before, after = manifest.perplexity.before, manifest.perplexity.after
-            typer.echo(
-                f"perplexity on {manifest.perplexity.text.source}: {before:.2f} before, {after:.2f} after"
-            )
+            typer.echo(f"perplexity on {manifest.perplexity.text.source}: {before:.2f} before, {after:.2f} after")
 
 
 def _with_pattern(given: dict[str, Any]) -> dict[str, Any]:

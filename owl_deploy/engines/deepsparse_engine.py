@@ -24,7 +24,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.export.names import ATTENTION_BIAS
 
 _HIDDEN = np.finfo(np.float32).min
-_SPARE_SLOTS = 2  # so that half of any prompt is a piece that `_pieces` may use
+_CACHE_STEP = 64
 
 
 class DeepSparseEngine:
@@ -36,7 +36,8 @@ class DeepSparseEngine:
 
     def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...]) -> None:
         self._deepsparse = _import_deepsparse()
-        self._graphs = StaticGraphs(graph, total=context + _SPARE_SLOTS)
+        self._graphs = StaticGraphs(graph, total=_sequence_length(context))
+        self._context = context
         self._threads = threads
         # Repeating the heads of its internal cache is one of the things that end the process.
         self._cache: _Cache = (
@@ -79,15 +80,14 @@ class DeepSparseEngine:
         Raises:
             ValueError: the context is full.
         """
-        return self._append(np.array([token], np.int64))[0]
+        logits: Logits = self._append(np.array([token], np.int64))[0]
+        return logits
 
     def _append(self, ids: TokenIds) -> Logits:
         """Run one piece of the sequence; the logits of its tokens, [L, vocab]."""
         new, past = len(ids), self._length
-        if not 0 < new <= self._graphs.total - _SPARE_SLOTS - past:
-            raise ValueError(
-                f"{new} tokens after {past} do not fit a context of {self._graphs.total - _SPARE_SLOTS}"
-            )
+        if not 0 < new <= self._context - past:
+            raise ValueError(f"{new} tokens after {past} do not fit a context of {self._context}")
         engine = self._engine(new)
         feed = {
             "input_ids": np.ascontiguousarray(ids[None]),
@@ -95,9 +95,9 @@ class DeepSparseEngine:
             **self._visibility(past, new),
             **self._cache.inputs(new),
         }
-        logits: NDArray[np.float32] = self._cache.run(engine, [feed[name] for name in engine.input_names])
+        logits: Logits = self._cache.run(engine, [feed[name] for name in engine.input_names])[0]
         self._length = past + new
-        return logits[0]
+        return logits
 
     def _visibility(self, past: int, new: int) -> dict[str, NDArray[Any]]:
         """Which slots of the right-aligned sequence hold tokens, and which of these each new token may look at."""
@@ -174,9 +174,7 @@ class _ExternalCache:
         self._graphs = graphs
 
     def clear(self) -> None:
-        self._states = [np.zeros(self._graphs.cache_shape(self._graphs.total), np.float32)] * len(
-            self._graphs.past
-        )
+        self._states = [np.zeros(self._graphs.cache_shape(self._graphs.total), np.float32)] * len(self._graphs.past)
 
     def inputs(self, new: int) -> dict[str, NDArray[np.float32]]:
         kept = (np.ascontiguousarray(state[:, :, new:]) for state in self._states)
@@ -189,11 +187,17 @@ class _ExternalCache:
         return logits
 
 
+def _sequence_length(context: int) -> int:
+    """S for a context: DeepSparse's internal cache holds S rounded to a multiple of 64, less one slot. Past what it
+    holds it returns wrong logits and overwrites the heap, so S is a multiple, and larger than the context."""
+    return (context // _CACHE_STEP + 1) * _CACHE_STEP
+
+
 def _pieces(length: int, total: int) -> list[int]:
     """The lengths in which a prompt is fed.
 
-    DeepSparse's internal cache takes a piece only if it is shorter than the rest of the sequence, S - L; past that
-    it returns NaN. Two halves of 256 took as long as 512 tokens at once without a cache.
+    DeepSparse's internal cache takes a piece only if it is shorter than the rest of the sequence, S - L; else the
+    logits are NaN. Feeding 512 tokens in two halves took as long as feeding them at once without a cache.
     """
     if 2 * length < total:
         return [length]
@@ -203,16 +207,12 @@ def _pieces(length: int, total: int) -> list[int]:
 
 def _import_deepsparse() -> ModuleType:
     if int(np.__version__.split(".")[0]) >= 2:
-        raise UserError(
-            f"DeepSparse returns wrong logits with numpy {np.__version__}; install numpy<2 beside it"
-        )
+        raise UserError(f"DeepSparse returns wrong logits with numpy {np.__version__}; install numpy<2 beside it")
     os.environ["NM_DISABLE_ANALYTICS"] = "1"  # or the import looks up the country and reports to its maker
     try:
         import deepsparse
         import deepsparse.cpu
     except ImportError as error:
-        raise UserError(
-            f"DeepSparse cannot be imported ({error}); install deepsparse==1.8.0 on Python 3.11"
-        ) from error
+        raise UserError(f"DeepSparse cannot be imported ({error}); install deepsparse==1.8.0 on Python 3.11") from error
     module: ModuleType = deepsparse
     return module

@@ -50,9 +50,7 @@ class OnnxRuntimeEngine:
         self._length = 0
         if not self._shares_cache:
             for name in self._caches:
-                self._binding.bind_ortvalue_input(
-                    name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32))
-                )
+                self._binding.bind_ortvalue_input(name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32)))
         return self._run(ids)
 
     def decode(self, token: int) -> Logits:

@@ -38,9 +38,7 @@ class StaticGraphs:
     @property
     def expands_cache(self) -> bool:
         """Whether keys and values are repeated for their query heads after they leave the cache."""
-        consumers = [
-            node for node in self._model.graph.node if any(i.startswith(_PRESENT) for i in node.input)
-        ]
+        consumers = [node for node in self._model.graph.node if any(i.startswith(_PRESENT) for i in node.input)]
         return any(node.op_type in ("Unsqueeze", "Expand") for node in consumers)
 
     def cache_shape(self, length: int) -> tuple[int, int, int, int]:
@@ -66,9 +64,7 @@ class StaticGraphs:
             outputs,
             [tensor for tensor in source.initializer if tensor.name in read],
         )
-        model = helper.make_model(
-            graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
-        )
+        model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         for location in {
             entry.value for t in graph.initializer for entry in t.external_data if entry.key == "location"
         }:

@@ -49,9 +49,7 @@ def audit_graph(graph: Path, linears: Mapping[str, NDArray[np.float32]]) -> list
     found = [_find(name, weight, tensors) for name, weight in linears.items()]
     missing = [name for name, place in zip(linears, found, strict=True) if place is None]
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (
-            f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        )
+        named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
         raise CheckFailed(f"{graph.name}: weights changed or lost on the way into the graph: {named}")
     return [place for place in found if place is not None]
 

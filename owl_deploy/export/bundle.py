@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from owl_deploy.errors import UserError
+from owl_deploy.export.names import Flavor
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.files import read_json
-from owl_deploy.pruning.manifest import Record
+from owl_deploy.pruning.manifest import Record, versions
 
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
-
-Flavor = Literal["standard", "genai"]
-FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 
 
 class FileRecord(Record):
@@ -80,9 +77,7 @@ def read_bundle(directory: Path) -> BundleManifest:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(
-            f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export"
-        )
+        raise UserError(f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export")
     try:
         return BundleManifest.model_validate(read_json(path))
     except ValidationError as error:
@@ -93,13 +88,4 @@ def read_bundle(directory: Path) -> BundleManifest:
 
 def exporter_versions() -> dict[str, str]:
     """Versions of what decides the graphs."""
-    names = (
-        "owl-deploy",
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-genai",
-        "optimum-onnx",
-    )
-    return {name: importlib.metadata.version(name) for name in names}
+    return versions("onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")

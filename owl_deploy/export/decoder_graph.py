@@ -22,16 +22,11 @@ from onnx import TensorProto, helper
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from owl_deploy.export.names import ATTENTION_BIAS
+from owl_deploy.export.names import ATTENTION_BIAS, IR_VERSION, OPSET
 from owl_deploy.export.tensors import CheckpointTensors, ExternalData
 
-OPSET = 14  # DeepSparse reads 14 to 19
-IR_VERSION = 8  # and refuses 9 and above
-
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-_FIXED_ROPE_TYPES = frozenset(
-    {"default", "linear", "llama3", "yarn"}
-)  # the others depend on the sequence's length
+_FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # the others depend on the sequence's length
 
 
 @dataclass(frozen=True)
@@ -141,12 +136,13 @@ class _Decoder:
         ]
 
     def _graph_outputs(self) -> list[onnx.ValueInfoProto]:
-        shape = ["batch_size", "sequence_length", self._dimensions.vocabulary]
+        shape: list[str | int | None] = ["batch_size", "sequence_length", self._dimensions.vocabulary]
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
         return [logits, *self._cache("present", "total_sequence_length")]
 
     def _cache(self, prefix: str, length: str) -> list[onnx.ValueInfoProto]:
-        shape = ["batch_size", self._dimensions.kv_heads, length, self._dimensions.head_dim]
+        d = self._dimensions
+        shape: list[str | int | None] = ["batch_size", d.kv_heads, length, d.head_dim]
         return [
             helper.make_tensor_value_info(f"{prefix}.{index}.{kind}", TensorProto.FLOAT, shape)
             for index in range(self._dimensions.layers)
@@ -186,9 +182,7 @@ class _Decoder:
         values = self._append(f"{index}.value", value)
 
         # Scaling the queries costs G * L * E products a head; scaling the scores would cost G * L * S.
-        query = self._node(
-            "Mul", [query, self._constant("scale", np.float32(d.head_dim**-0.5))], f"{name}.scaled"
-        )
+        query = self._node("Mul", [query, self._constant("scale", np.float32(d.head_dim**-0.5))], f"{name}.scaled")
         query = self._reshape(f"{name}.grouped", query, [0, d.kv_heads, -1, d.head_dim])
         keys = self._node("Transpose", [keys], f"{name}.keys_t", perm=[0, 1, 3, 2])
         scores = self._node("MatMul", [query, keys], f"{name}.scores")
@@ -230,9 +224,7 @@ class _Decoder:
         product = self._node("MatMul", [hidden, weight], f"{name}.product" if biased else name)
         if not biased:
             return product
-        return self._node(
-            "Add", [product, self._weight(f"{name}.bias", self._tensors.read(f"{name}.bias"))], name
-        )
+        return self._node("Add", [product, self._weight(f"{name}.bias", self._tensors.read(f"{name}.bias"))], name)
 
     def _rms_norm(self, name: str, hidden: str) -> str:
         """x / sqrt(mean(x^2) + eps) * weight, in the operators that ONNX Runtime fuses into one."""
@@ -241,9 +233,7 @@ class _Decoder:
         epsilon = self._constant("epsilon", np.float32(self._config.rms_norm_eps))
         root = self._node("Sqrt", [self._node("Add", [mean, epsilon], f"{name}.shifted")], f"{name}.root")
         unit = self._node("Div", [hidden, root], f"{name}.unit")
-        return self._node(
-            "Mul", [unit, self._weight(f"{name}.weight", self._tensors.read(f"{name}.weight"))], name
-        )
+        return self._node("Mul", [unit, self._weight(f"{name}.weight", self._tensors.read(f"{name}.weight"))], name)
 
     # Positions and mask
 
@@ -252,9 +242,7 @@ class _Decoder:
         axis = self._constant("head_axis", np.array([1], np.int64))
         found = []
         for name, table in zip(("rotary.cos", "rotary.sin"), _rotary_tables(self._config), strict=True):
-            rows = self._node(
-                "Gather", [self._weight(f"{name}_table", table), "position_ids"], f"{name}_rows"
-            )
+            rows = self._node("Gather", [self._weight(f"{name}_table", table), "position_ids"], f"{name}_rows")
             found.append(self._node("Unsqueeze", [rows, axis], name))
         return found[0], found[1]
 
@@ -277,9 +265,7 @@ class _Decoder:
         new = self._extent("input_ids", "mask.new")
         key = self._node("Range", [zero, total, one], "mask.key")
         query = self._node("Range", [self._node("Sub", [total, new], "mask.past"), total, one], "mask.query")
-        query = self._node(
-            "Unsqueeze", [query, self._constant("head_axis", np.array([1], np.int64))], "mask.rows"
-        )
+        query = self._node("Unsqueeze", [query, self._constant("head_axis", np.array([1], np.int64))], "mask.rows")
         causal = self._node("LessOrEqual", [key, query], "mask.causal")
         padded = self._constant("mask.axes", np.array([1, 2], np.int64))
         present = self._node("Cast", ["attention_mask"], "mask.bool", to=TensorProto.BOOL)
@@ -287,9 +273,7 @@ class _Decoder:
         visible = self._node("And", [present, causal], "mask.visible")
         # Finite, so that a row of padding, which sees nothing, gets some mean and not NaN.
         hidden = self._constant("mask.hidden", np.finfo(np.float32).min)
-        bias = self._node(
-            "Where", [visible, self._constant("mask.shown", np.float32(0)), hidden], "mask.bias"
-        )
+        bias = self._node("Where", [visible, self._constant("mask.shown", np.float32(0)), hidden], "mask.bias")
         group = self._dimensions.heads // self._dimensions.kv_heads
         self._node("Concat", [bias] * group, ATTENTION_BIAS, axis=2)
 

@@ -16,10 +16,11 @@ class UnsupportedFamily(UserError):
     """The exporter of a flavor does not know the model's family."""
 
 
-def write_genai(checkpoint: Path, out: Path) -> None:
-    """Write an fp32 CPU graph, `genai_config.json` and the tokenizer into the existing directory `out`.
+def write_genai(checkpoint: Path, out: Path, *, has_tokenizer: bool) -> None:
+    """Write an fp32 CPU graph, `genai_config.json` and, if there is one, the tokenizer into the directory `out`.
 
-    The builder runs as a process of its own: its output stays off the terminal, and its memory is given back.
+    The builder runs as a process of its own: its output stays off the terminal, and its memory is given back. It
+    saves the tokenizer last; without one it has then written the graph and the config, and fails.
 
     Raises:
         UnsupportedFamily: the builder has no graph for this architecture.
@@ -31,14 +32,13 @@ def write_genai(checkpoint: Path, out: Path) -> None:
         # hf_token=false: local files only, no account is looked for.
         command += ["--extra_options", "hf_token=false", "hf_remote=false"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and (out / "model.onnx").is_file():
+    written = all((out / name).is_file() for name in ("model.onnx", "genai_config.json"))
+    if written and (done.returncode == 0 or not has_tokenizer):
         return
-    output = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    output = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if "is not currently supported" in done.stderr:
         raise UnsupportedFamily(
             f"{checkpoint}: onnxruntime-genai's builder does not know this family; use --flavor standard"
         )
     last_lines = " | ".join(output[-_SHOWN_LINES:])
-    raise UserError(
-        f"{checkpoint}: onnxruntime-genai's builder failed (exit code {done.returncode}): {last_lines}"
-    )
+    raise UserError(f"{checkpoint}: onnxruntime-genai's builder failed (exit code {done.returncode}): {last_lines}")

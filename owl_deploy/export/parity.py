@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from owl_deploy.engines.protocol import Engine, Logits, TokenIds
+from owl_deploy.engines.probe import engine_logits
+from owl_deploy.engines.protocol import Logits, TokenIds
 from owl_deploy.errors import CheckFailed
 from owl_deploy.pruning.manifest import Record
 
 TOLERANCE = 1e-2  # of a logit
-_DECODED = 16  # the last tokens of the passage, run one by one on a cache
 
 
 class ParityRecord(Record):
@@ -41,13 +41,6 @@ def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
     return logits
 
 
-def engine_logits(engine: Engine, ids: TokenIds) -> tuple[Logits, Logits]:
-    """An engine's logits for one sequence: of all positions at once, and of the last 16 token by token."""
-    at_once = engine.prefill(ids)
-    engine.prefill(ids[:-_DECODED])
-    return at_once, np.stack([engine.decode(int(token)) for token in ids[-_DECODED:]])
-
-
 def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRecord:
     """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
 
@@ -58,9 +51,7 @@ def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRe
         CheckFailed: see `compare`.
     """
     engine = OnnxRuntimeEngine(graph, threads=torch.get_num_threads(), context=len(ids))
-    return compare(
-        reference_logits(model, ids), *engine_logits(engine, ids), what=f"{graph.parent.name}/{graph.name}"
-    )
+    return compare(reference_logits(model, ids), *engine_logits(engine, ids), what=f"{graph.parent.name}/{graph.name}")
 
 
 def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) -> ParityRecord:
@@ -78,13 +69,9 @@ def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) ->
     clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
     worst = max(difference, difference_with_past)
     if not worst <= TOLERANCE:  # NaN fails too
-        raise CheckFailed(
-            f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}"
-        )
+        raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}")
     if (clear & ~agrees).any():
-        raise CheckFailed(
-            f"{what}: its most likely token differs from the checkpoint's where that one is clear"
-        )
+        raise CheckFailed(f"{what}: its most likely token differs from the checkpoint's where that one is clear")
     return ParityRecord(
         positions=len(at_once),
         positions_with_past=len(decoded),

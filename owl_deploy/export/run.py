@@ -25,12 +25,12 @@ from owl_deploy.export.bundle import (
     AuditRecord,
     BundleManifest,
     FileRecord,
-    Flavor,
     FlavorRecord,
     exporter_versions,
     read_bundle,
 )
 from owl_deploy.export.genai import UnsupportedFamily, write_genai
+from owl_deploy.export.names import Flavor
 from owl_deploy.export.parity import check_parity
 from owl_deploy.export.standard import write_standard
 from owl_deploy.files import read_json, sha256, staged_directory, write_text
@@ -112,7 +112,7 @@ def _export(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> FlavorRecord:
     out.mkdir()
-    source, note = _EXPORTERS[flavor](checkpoint, out)
+    source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     audit = _audit(out / GRAPH, model)
@@ -125,7 +125,7 @@ def _export(
     return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=files)
 
 
-def _standard(checkpoint: Path, out: Path) -> tuple[str, str]:
+def _standard(checkpoint: Path, out: Path, _: bool) -> tuple[str, str]:
     graph = write_standard(checkpoint, out)
     for name in ("config.json", "generation_config.json"):
         if (checkpoint / name).is_file():
@@ -133,15 +133,15 @@ def _standard(checkpoint: Path, out: Path) -> tuple[str, str]:
     return graph.source, graph.note
 
 
-def _genai(checkpoint: Path, out: Path) -> tuple[str, str]:
-    write_genai(checkpoint, out)
+def _genai(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
+    write_genai(checkpoint, out, has_tokenizer=has_tokenizer)
     return (
         "onnxruntime-genai",
         "GroupQueryAttention on a shared KV buffer: the fastest dense graph of ONNX Runtime",
     )
 
 
-_EXPORTERS: dict[Flavor, Callable[[Path, Path], tuple[str, str]]] = {"standard": _standard, "genai": _genai}
+_EXPORTERS: dict[Flavor, Callable[[Path, Path, bool], tuple[str, str]]] = {"standard": _standard, "genai": _genai}
 
 
 def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:

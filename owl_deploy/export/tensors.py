@@ -30,8 +30,8 @@ class CheckpointTensors:
         self._file_of: dict[str, Any] = {}
         for path in _safetensors_files(checkpoint):
             # Memory-mapped, and unmapped with the last reference to it.
-            file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
-            self._file_of.update(dict.fromkeys(file.keys(), file))
+            file = safe_open(path, framework="pt")
+            self._file_of.update(dict.fromkeys(_names(file), file))
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -43,11 +43,13 @@ class CheckpointTensors:
             UserError: the checkpoint has no such tensor.
         """
         if name not in self:
-            raise UserError(
-                f"{self._checkpoint}: tensor {name} is missing; the checkpoint does not match its config"
-            )
+            raise UserError(f"{self._checkpoint}: tensor {name} is missing; the checkpoint does not match its config")
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)
         return np.asarray(tensor.to(torch.float32).numpy(), np.float32)
+
+
+def _names(file: Any) -> list[str]:
+    return list(file.keys())
 
 
 def _safetensors_files(checkpoint: Path) -> list[Path]:

@@ -45,8 +45,7 @@ def measure_lod(
             statistics = InputStatistics(block.linears, gram=False)
             stream.advance(block, statistics)
             scores = (
-                wanda_scores(linear.weight, statistics.mean_square(name))
-                for name, linear in block.linears.items()
+                wanda_scores(linear.weight, statistics.mean_square(name)) for name, linear in block.linears.items()
             )
             lod.append(outlier_percent(scores, m))
     return lod
@@ -123,9 +122,7 @@ def _prune_linear(
     if statistics is None:
         weight = weight.masked_fill(magnitude_mask(weight, sparsity, plan.pattern), 0)
     elif plan.method == "wanda":
-        weight = weight.masked_fill(
-            wanda_mask(weight, statistics.mean_square(name), sparsity, plan.pattern), 0
-        )
+        weight = weight.masked_fill(wanda_mask(weight, statistics.mean_square(name), sparsity, plan.pattern), 0)
     else:
         result = sparsegpt(
             weight,

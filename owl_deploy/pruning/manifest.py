@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from owl_deploy import __version__
 from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
 
@@ -100,12 +101,11 @@ def read_manifest(directory: Path) -> PruningManifest | None:
         raise UserError(f"{path}: {place}: {first['msg']}; prune the model again") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
-    packages = ("owl-deploy", "torch", "transformers", "numpy")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of what decides a result: owl-deploy, Python, torch, transformers and numpy, and `packages`."""
+    names = ("torch", "transformers", "numpy", *packages)
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"owl-deploy": __version__, "python": platform.python_version()} | found
 
 
 def fingerprint(inputs: object) -> str:

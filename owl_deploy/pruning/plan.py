@@ -23,9 +23,7 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.prune < self.of:
-            raise UserError(
-                f"pattern {self}: N must be between 1 and M - 1 (N of every M weights are pruned)"
-            )
+            raise UserError(f"pattern {self}: N must be between 1 and M - 1 (N of every M weights are pruned)")
 
     def __str__(self) -> str:
         return f"{self.prune}:{self.of}"
@@ -61,15 +59,11 @@ class PruningPlan:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.allocation not in ALLOCATIONS:
-            raise UserError(
-                f"allocation {self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}"
-            )
+            raise UserError(f"allocation {self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
         if (self.allocation == "explicit") != (self.block_sparsities is not None):
             raise UserError("the explicit allocation takes a list of block sparsities, and only it does")
         if self.pattern is not None and self.allocation != "uniform":
-            raise UserError(
-                f"pattern {self.pattern} prunes every block alike; use --allocation uniform with it"
-            )
+            raise UserError(f"pattern {self.pattern} prunes every block alike; use --allocation uniform with it")
         if not (math.isfinite(self.owl_m) and self.owl_m > 0):
             raise UserError(f"owl_m {self.owl_m} must be above 0")
         if not 0 <= self.owl_lambda < 1:

@@ -91,9 +91,7 @@ def prune_checkpoint(
     )
     if (made := read_manifest(out)) is not None:
         if made.inputs_sha256 != inputs_sha256:
-            raise UserError(
-                f"{out}: holds a checkpoint pruned from other inputs; choose another output directory"
-            )
+            raise UserError(f"{out}: holds a checkpoint pruned from other inputs; choose another output directory")
         reporter.step(f"{out}: already made from the same inputs")
         return made
 
@@ -179,9 +177,7 @@ def _lod(
     return lod
 
 
-def _evaluate(
-    source: ModelSource, windows: TokenWindows | None, clock: _Clock, reporter: Reporter
-) -> float | None:
+def _evaluate(source: ModelSource, windows: TokenWindows | None, clock: _Clock, reporter: Reporter) -> float | None:
     """Perplexity of a checkpoint in fp32, whatever dtype it is stored in."""
     if windows is None:
         return None

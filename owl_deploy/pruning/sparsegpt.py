@@ -54,15 +54,11 @@ def sparsegpt(
         block, error = W[:, start:end].clone(), torch.zeros_like(W[:, start:end])
         inverse = U[start:end, start:end]
         saliency = block**2 / inverse.diagonal() ** 2
-        mask = (
-            _block_mask(saliency, sparsity) if pattern is None else torch.zeros_like(block, dtype=torch.bool)
-        )
+        mask = _block_mask(saliency, sparsity) if pattern is None else torch.zeros_like(block, dtype=torch.bool)
         for i in range(end - start):
             if pattern is not None and i % pattern.of == 0:
                 group = slice(i, i + pattern.of)
-                mask[:, group] = smallest_of_each_group(
-                    block[:, group] ** 2 / inverse.diagonal()[group] ** 2, pattern
-                )
+                mask[:, group] = smallest_of_each_group(block[:, group] ** 2 / inverse.diagonal()[group] ** 2, pattern)
             kept = block[:, i].masked_fill(mask[:, i], 0)
             error[:, i] = (block[:, i] - kept) / inverse[i, i]
             block[:, i:] -= torch.outer(error[:, i], inverse[i, i:])
@@ -91,6 +87,4 @@ def _inverse_cholesky(H: torch.Tensor, dampening: float) -> tuple[torch.Tensor, 
             if not failed and bool(upper.isfinite().all()):
                 return upper, dampening
         dampening *= 10
-    raise UserError(
-        "the calibration activations give no usable Hessian (NaN or infinite); check the model's weights"
-    )
+    raise UserError("the calibration activations give no usable Hessian (NaN or infinite); check the model's weights")

@@ -46,9 +46,7 @@ class InputStatistics:
         self._stop_at = self._last_linear if stop_early else None
         self._calls = []
         self._previous: torch.Tensor | None = None
-        handles = [
-            linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._linears.items()
-        ]
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._linears.items()]
         try:
             yield
         except LastLinearReached:

@@ -89,9 +89,7 @@ def _record_calls(
 
         return before
 
-    handles = [
-        block.module.register_forward_pre_hook(recorder(block.name), with_kwargs=True) for block in blocks
-    ]
+    handles = [block.module.register_forward_pre_hook(recorder(block.name), with_kwargs=True) for block in blocks]
     try:
         model(sequence, use_cache=False)
     finally:

@@ -65,9 +65,7 @@ def _column(spec: str, **arguments: Any) -> list[str]:
         rows = datasets.load_dataset(**arguments)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{spec}: cannot be read ({reason}); give a local .txt, .jsonl or .parquet file"
-        ) from error
+        raise UserError(f"{spec}: cannot be read ({reason}); give a local .txt, .jsonl or .parquet file") from error
     if "text" not in rows.column_names:
         raise UserError(f"{spec}: has no column 'text'; its columns are {', '.join(rows.column_names)}")
     return [text for text in rows["text"] if text]
@@ -76,9 +74,7 @@ def _column(spec: str, **arguments: Any) -> list[str]:
 def _file_documents(spec: str) -> list[str]:
     path = Path(spec).expanduser()
     if not path.is_file():
-        raise UserError(
-            f"{spec}: no such text; give c4, wikitext2, demo, or a .txt, .jsonl, .parquet or .npy file"
-        )
+        raise UserError(f"{spec}: no such text; give c4, wikitext2, demo, or a .txt, .jsonl, .parquet or .npy file")
     if path.suffix == ".txt":
         try:
             return [path.read_text(encoding="utf-8")]
@@ -97,9 +93,7 @@ def demo_documents(split: Split) -> list[str]:
         raise UserError("the demo text is not installed; run: pip install gensim==4.4.0")
     folder = Path(spec.origin).parent / "test" / "test_data"
     if split == "calibration":
-        return [
-            line.strip() for line in (folder / "lee_background.cor").read_text(encoding="utf-8").splitlines()
-        ]
+        return [line.strip() for line in (folder / "lee_background.cor").read_text(encoding="utf-8").splitlines()]
     return list(_wikipedia_prose(folder / _DEMO_WIKIPEDIA))
 
 

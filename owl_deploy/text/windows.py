@@ -88,9 +88,7 @@ def evaluation_windows(
     whole = _tokenize(_require(tokenizer, spec), "\n\n".join(load_documents(spec, split)))
     windows = len(whole) // seqlen
     if windows == 0:
-        raise UserError(
-            f"{spec}: {len(whole)} tokens are less than one window of {seqlen}; give a shorter --seqlen"
-        )
+        raise UserError(f"{spec}: {len(whole)} tokens are less than one window of {seqlen}; give a shorter --seqlen")
     windows = min(windows, limit or windows)
     return TokenWindows(whole[: windows * seqlen].reshape(windows, seqlen), spec)
 
@@ -103,9 +101,7 @@ def check_windows(windows: TokenWindows, *, vocabulary: int, context: int | None
     """
     seqlen = windows.ids.shape[1]
     if context is not None and seqlen > context:
-        raise UserError(
-            f"{windows.source}: windows of {seqlen} tokens exceed the model's context of {context}"
-        )
+        raise UserError(f"{windows.source}: windows of {seqlen} tokens exceed the model's context of {context}")
     low, high = int(windows.ids.min()), int(windows.ids.max())
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
@@ -114,9 +110,7 @@ def check_windows(windows: TokenWindows, *, vocabulary: int, context: int | None
 
 def _require(tokenizer: PreTrainedTokenizerBase | None, spec: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise UserError(
-            f"{spec}: the model has no tokenizer; give token ids as a .npy file [n, length] instead"
-        )
+        raise UserError(f"{spec}: the model has no tokenizer; give token ids as a .npy file [n, length] instead")
     return tokenizer
 
 
@@ -157,9 +151,7 @@ def _windows_of_ids(spec: str, samples: int | None, seqlen: int | None) -> Token
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{spec}: not a readable .npy file ({error})") from error
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(
-            f"{spec}: token ids must be integers [n, length]; this is {ids.dtype} {list(ids.shape)}"
-        )
+        raise UserError(f"{spec}: token ids must be integers [n, length]; this is {ids.dtype} {list(ids.shape)}")
     if samples is not None and samples > len(ids):
         raise UserError(f"{spec}: holds {len(ids)} windows, not the {samples} asked for")
     if seqlen is not None and seqlen > ids.shape[1]:

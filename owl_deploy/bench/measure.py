@@ -1,0 +1,289 @@
+"""Measure engines on bundles: checked first, then timed in interleaved rounds, every sample kept.
+
+All measurements of a run go to `measurements.jsonl` as they are made, so that a killed run loses at most the
+round it was in. Ratios are taken within a round, where all configurations met the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from owl_deploy.bench.machine import busy_cores, load_average
+from owl_deploy.engines.client import EngineFailed, EngineProcess
+from owl_deploy.engines.registry import EngineSpec, engine_spec
+from owl_deploy.errors import CheckFailed, UserError
+from owl_deploy.evaluation.perplexity import perplexity_of
+from owl_deploy.export.bundle import GRAPH, BundleManifest, FlavorRecord
+from owl_deploy.export.names import Flavor
+from owl_deploy.export.parity import ParityRecord, compare
+from owl_deploy.files import disk_errors
+from owl_deploy.pruning.manifest import fingerprint
+from owl_deploy.reporting import Reporter
+
+MEASUREMENTS = "measurements.jsonl"
+PARITY_TOKENS = 64
+_WARM_UP_TOKENS = 8
+_QUIET_S = 0.5  # how long the machine is watched while every engine is paused
+_MEMORY_SHARE = 0.6  # of what was free: idle engines stay loaded as long as they fit in it
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What each engine is timed on: a prompt, then greedy decoding.
+
+    Attributes:
+        prompt: token ids.
+        windows: evaluation windows [n, length] for perplexity, or None.
+        text: where these came from.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    threads: int
+    repetitions: int
+    windows: NDArray[np.int64] | None
+    text: str | None
+
+    @property
+    def context(self) -> int:
+        longest = 0 if self.windows is None else self.windows.shape[1]
+        return max(len(self.prompt) + self.new_tokens, longest)
+
+    @property
+    def prompts(self) -> list[int]:
+        """Lengths that are prefilled."""
+        return sorted({len(self.prompt)} | ({self.windows.shape[1]} if self.windows is not None else set()))
+
+    def fingerprint(self) -> str:
+        windows = None if self.windows is None else self.windows.tolist()
+        return fingerprint([self.prompt, self.new_tokens, self.threads, windows])
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One engine on one bundle's graph of one flavor."""
+
+    spec: EngineSpec
+    bundle: Path
+    manifest: BundleManifest
+    flavor: Flavor
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name} {self.bundle}"
+
+    @property
+    def graph(self) -> Path:
+        return self.bundle / self.flavor / GRAPH
+
+    @property
+    def record(self) -> FlavorRecord:
+        return self.manifest.flavors[self.flavor]
+
+    def key(self, workload: Workload) -> str:
+        """Equal for measurements that may stand for each other: same graph, engine, workload and machine."""
+        files = [file.sha256 for file in self.record.files]
+        environment = self.spec.environment.requirements if self.spec.environment else self.manifest.versions
+        return fingerprint([self.spec.name, environment, self.flavor, files, workload.fingerprint()])
+
+
+class Log:
+    """`measurements.jsonl`: appended line by line, read back on the next run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[dict[str, Any]] = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the line a kill cut short
+                    self._lines.append(json.loads(line))
+
+    def append(self, **entry: Any) -> None:
+        self._lines.append(entry)
+        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def of(self, key: str, kind: str) -> list[dict[str, Any]]:
+        """All entries of one configuration and kind, oldest first."""
+        return [line for line in self._lines if line["key"] == key and line["kind"] == kind]
+
+
+class Bench:
+    """One run over several configurations: first `run`, then ask for what was measured."""
+
+    def __init__(
+        self,
+        configurations: Sequence[Configuration],
+        workload: Workload,
+        log: Log,
+        *,
+        max_load: float,
+        reporter: Reporter,
+    ) -> None:
+        """`max_load` is how many cores other processes may keep busy before measuring is refused."""
+        self.configurations = configurations
+        self._workload = workload
+        self._log = log
+        self._max_load = max_load
+        self._reporter = reporter
+        self._errors: dict[str, str] = {}
+        self._idle: dict[str, EngineProcess] = {}
+        self._idle_bytes = 0
+        self._budget_bytes = int(_MEMORY_SHARE * psutil.virtual_memory().available)
+
+    def run(self) -> None:
+        """Check and time every configuration that the log does not hold yet.
+
+        Raises:
+            UserError: the machine is busy with other work.
+        """
+        missing = [item for item in self.configurations if self.setup(item) is None]
+        for configuration in self._reporter.track(missing, "checking engines") if missing else ():
+            with self._failures_of(configuration):
+                self._check(configuration)
+        rounds = [number for number in range(self._workload.repetitions) if not self._is_complete(number)]
+        try:
+            # With the first try of every configuration in it, the bar's time left is of the right size.
+            steps = [(number, item) for number in rounds for item in self.configurations]
+            for number, configuration in self._reporter.track(steps, "timing") if steps else ():
+                if configuration is self.configurations[0]:
+                    self._wait_for_quiet(first=number == rounds[0])
+                if configuration.name not in self._errors:
+                    with self._failures_of(configuration):
+                        self._time(configuration, number)
+        finally:
+            for process in self._idle.values():
+                process.close()
+
+    def setup(self, configuration: Configuration) -> dict[str, Any] | None:
+        """Facts, load time, perplexity and parity of a configuration; None if it failed."""
+        entries = self._log.of(configuration.key(self._workload), "setup")
+        return entries[-1] if entries else None
+
+    def error(self, configuration: Configuration) -> str | None:
+        """Why a configuration could not be measured."""
+        return self._errors.get(configuration.name)
+
+    def rounds(self, configuration: Configuration) -> dict[int, dict[str, Any]]:
+        """The samples of each round, by its number."""
+        entries = self._log.of(configuration.key(self._workload), "round")
+        return {entry["round"]: entry for entry in entries if entry["round"] < self._workload.repetitions}
+
+    def _is_complete(self, number: int) -> bool:
+        return all(number in self.rounds(configuration) for configuration in self.configurations)
+
+    @contextlib.contextmanager
+    def _failures_of(self, configuration: Configuration) -> Iterator[None]:
+        """What goes wrong with one engine becomes its row's error; the others go on."""
+        try:
+            yield
+        except (EngineFailed, CheckFailed, UserError) as error:
+            self._errors[configuration.name] = str(error)
+            self._reporter.warn(f"{configuration.name}: {error}")
+
+    def _check(self, configuration: Configuration) -> None:
+        """Load once to see that the engine computes what ONNX Runtime computes, and at what perplexity.
+
+        In a process of its own: the timed one shall hold nothing but what the workload needs.
+        """
+        workload = self._workload
+        with EngineProcess(configuration.spec, workload.threads) as process:
+            loaded = process.load(
+                configuration.graph, threads=workload.threads, context=workload.context, prompts=workload.prompts
+            )
+            parity = self._parity(configuration, process)
+            perplexity = None
+            if workload.windows is not None:
+                losses = [process.ask(do="loss", ids=window.tolist()) for window in workload.windows]
+                perplexity = perplexity_of(losses)
+        self._log.append(
+            kind="setup",
+            key=configuration.key(workload),
+            name=configuration.name,
+            facts=loaded["facts"],
+            perplexity=perplexity,
+            parity=parity.model_dump(),
+        )
+
+    def _parity(self, configuration: Configuration, process: EngineProcess) -> ParityRecord:
+        """ONNX Runtime's own agreement with torch is the bundle's; any other engine is compared with it.
+
+        Raises:
+            CheckFailed: the logits differ; what the engine is fast at is then not this model.
+        """
+        reference_spec = engine_spec("onnxruntime")
+        if configuration.spec == reference_spec:
+            return configuration.record.parity
+        ids = list(self._workload.prompt[:PARITY_TOKENS])
+        with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
+            paths = [str(Path(folder) / name) for name in ("reference.npz", "engine.npz")]
+            with EngineProcess(reference_spec, self._workload.threads) as reference:
+                reference.load(configuration.graph, threads=self._workload.threads, context=len(ids), prompts=[])
+                reference.ask(do="logits", ids=ids, out=paths[0])
+            process.ask(do="logits", ids=ids, out=paths[1])
+            expected, actual = (np.load(path) for path in paths)
+            return compare(expected["at_once"], actual["at_once"], actual["decoded"], what=configuration.name)
+
+    def _wait_for_quiet(self, *, first: bool) -> None:
+        """Note what else keeps the machine busy while our engines are paused; refuse to begin if it is too much."""
+        self._load_before = load_average()
+        self._other_load = busy_cores(_QUIET_S)
+        if self._other_load > self._max_load:
+            message = f"other processes keep {self._other_load:.1f} cores busy (limit {self._max_load:g})"
+            if first:
+                raise UserError(f"{message}; stop them, or allow it with --max-load")
+            self._reporter.warn(message)
+
+    def _time(self, configuration: Configuration, number: int) -> None:
+        """One generation, in a process that was warmed up and meets no other engine of ours at work."""
+        workload = self._workload
+        process = self._idle.pop(configuration.name, None)
+        if process is None:
+            process = EngineProcess(configuration.spec, workload.threads)
+        else:
+            process.resume()
+            self._idle_bytes -= process.memory_bytes
+        try:
+            if process.load_ms is None:
+                process.load(
+                    configuration.graph,
+                    threads=workload.threads,
+                    context=len(workload.prompt) + workload.new_tokens,
+                    prompts=[len(workload.prompt)],
+                )
+                process.ask(do="generate", prompt=workload.prompt, new_tokens=_WARM_UP_TOKENS)
+            samples = process.ask(do="generate", prompt=workload.prompt, new_tokens=workload.new_tokens)
+        except BaseException:
+            process.close()
+            raise
+        self._log.append(
+            kind="round",
+            key=configuration.key(workload),
+            name=configuration.name,
+            round=number,
+            load_ms=process.load_ms,
+            load_average=[self._load_before, load_average()],
+            other_load_cores=self._other_load,
+            **samples,
+        )
+        self._keep_or_close(configuration.name, process)
+
+    def _keep_or_close(self, name: str, process: EngineProcess) -> None:
+        """Keep the process, paused, for the next round if memory allows; those kept stay, so that some always do."""
+        process.measure_memory()
+        if self._idle_bytes + process.memory_bytes > self._budget_bytes:
+            process.close()
+            return
+        process.pause()
+        self._idle[name] = process
+        self._idle_bytes += process.memory_bytes

@@ -1,0 +1,145 @@
+"""The bench stage: bundles and engines in, rows and a report out."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from owl_deploy.bench.machine import available_cores, describe_machine
+from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
+from owl_deploy.bench.results import make_rows
+from owl_deploy.bench.rows import Row
+from owl_deploy.checkpoints.load import load_tokenizer
+from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.engines.registry import EngineSpec
+from owl_deploy.errors import UserError
+from owl_deploy.export.bundle import BundleManifest, read_bundle
+from owl_deploy.export.names import Flavor
+from owl_deploy.files import locked
+from owl_deploy.report.write import write_report
+from owl_deploy.reporting import Reporter
+from owl_deploy.text.windows import TokenWindows, check_windows, evaluation_windows
+
+_PROMPT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to time, and on which text.
+
+    Attributes:
+        text: a text as `evaluate` takes it; None for random token ids and no perplexity.
+        seqlen: tokens of an evaluation window; None for as many as the prompt has.
+        max_load: cores that other processes may keep busy.
+    """
+
+    prompt: int
+    new_tokens: int
+    repetitions: int
+    threads: int
+    text: str | None
+    seqlen: int | None
+    windows: int
+    max_load: float
+
+
+def bench_bundles(
+    bundles: Sequence[Path], engines: Sequence[EngineSpec], request: Request, out: Path, *, reporter: Reporter
+) -> tuple[list[Row], Path]:
+    """Measure every engine on every bundle; the rows, and the path of the report.
+
+    What `out` already holds of the same measurements is not made again.
+
+    Raises:
+        UserError: a bundle is not one, they are of different vocabularies, or the machine is busy.
+    """
+    manifests = {bundle: read_bundle(bundle) for bundle in bundles}
+    _check_files(manifests)
+    if request.threads > available_cores():
+        raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
+    configurations = [
+        Configuration(spec, bundle, manifest, _flavor(spec, bundle, manifest))
+        for spec in engines
+        for bundle, manifest in manifests.items()
+    ]
+    workload = _workload(manifests, configurations[0].flavor, request)
+    with locked(out):
+        out.mkdir(parents=True, exist_ok=True)
+        bench = Bench(configurations, workload, Log(out / MEASUREMENTS), max_load=request.max_load, reporter=reporter)
+        torch.set_num_threads(1)  # this process only waits from here on
+        bench.run()
+        rows = make_rows(bench, workload, describe_machine(request.threads))
+        report = write_report(rows, out, command=" ".join(["owl-deploy", *sys.argv[1:]]))
+    return rows, report
+
+
+def _flavor(spec: EngineSpec, bundle: Path, manifest: BundleManifest) -> Flavor:
+    for flavor in spec.flavors:
+        if flavor in manifest.flavors:
+            return flavor
+    raise UserError(
+        f"{bundle}: engine {spec.name} runs {' or '.join(spec.flavors)}, this bundle holds "
+        f"{', '.join(manifest.flavors)}; export it again with --flavor {spec.flavors[0]}"
+    )
+
+
+def _check_files(manifests: dict[Path, BundleManifest]) -> None:
+    """Refuse bundles whose graphs were cut short or replaced."""
+    for bundle, manifest in manifests.items():
+        for record in manifest.flavors.values():
+            for file in record.files:
+                path = bundle / file.path
+                if not path.is_file() or path.stat().st_size != file.bytes:
+                    raise UserError(f"{path}: not the file that bundle.json describes; export the model again")
+    if len({manifest.vocabulary for manifest in manifests.values()}) > 1:
+        raise UserError("the bundles have different vocabularies; measure one model at a time")
+
+
+def _workload(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Request) -> Workload:
+    bundle, manifest = next(iter(manifests.items()))
+    context = manifest.context
+    if context is not None and request.prompt + request.new_tokens > context:
+        raise UserError(
+            f"--prompt {request.prompt} and --new-tokens {request.new_tokens} exceed the model's context of {context}"
+        )
+    windows = _windows(bundle, manifest, flavor, request)
+    if windows is None:
+        rng = random.Random(_PROMPT_SEED)
+        prompt = [rng.randrange(manifest.vocabulary) for _ in range(request.prompt)]
+    else:
+        tokens = windows.ids.flatten()
+        if len(tokens) < request.prompt:
+            raise UserError(f"{windows.source}: {len(tokens)} tokens are less than --prompt {request.prompt}")
+        prompt = tokens[: request.prompt].tolist()
+    return Workload(
+        prompt=tuple(prompt),
+        new_tokens=request.new_tokens,
+        threads=request.threads,
+        repetitions=request.repetitions,
+        windows=None if windows is None else windows.ids[: request.windows],
+        text=request.text,
+    )
+
+
+def _windows(bundle: Path, manifest: BundleManifest, flavor: Flavor, request: Request) -> TokenWindows | None:
+    if request.text is None or (not manifest.has_tokenizer and not request.text.endswith(".npy")):
+        return None
+    directory = bundle / flavor
+    tokenizer = load_tokenizer(ModelSource(str(directory), directory)) if manifest.has_tokenizer else None
+    # A file of ids has windows of its own length; from text they are as long as the prompt, so that engines with
+    # static shapes compile once for both.
+    seqlen = request.seqlen or (None if request.text.endswith(".npy") else max(request.prompt, 2))
+    windows = evaluation_windows(request.text, tokenizer, seqlen=seqlen)
+    check_windows(windows, vocabulary=manifest.vocabulary, context=manifest.context)
+    return windows
+
+
+def first_available_text() -> str | None:
+    """The demo text where its package is installed, else None: what `bench` measures perplexity on by default."""
+    return "demo" if importlib.util.find_spec("gensim") else None

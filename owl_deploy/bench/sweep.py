@@ -1,0 +1,78 @@
+"""A sweep: one model, pruned and exported at several sparsities."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.errors import UserError
+from owl_deploy.export.names import FLAVORS
+from owl_deploy.export.run import export_checkpoint
+from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.pruning.run import Calibration, prune_checkpoint
+from owl_deploy.reporting import Reporter
+
+_MOST_LEVELS = 100
+
+
+def parse_sparsities(text: str) -> list[float]:
+    """`0:0.9:0.1` (first, last, step; both ends included) or `0,0.5,0.7` -> ascending fractions.
+
+    Raises:
+        UserError: not such a list, or a sparsity out of [0, 1).
+    """
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            if not (step > 0 and last >= first and (last - first) / step < _MOST_LEVELS):
+                raise ValueError
+            count = int((last - first) / step + 1e-9) + 1
+            levels = [round(first + index * step, 9) for index in range(count)]
+        else:
+            levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--sparsities {text}: give FIRST:LAST:STEP, for example 0:0.9:0.1, or a list 0,0.5,0.7"
+        ) from None
+    if not all(0 <= level < 1 for level in levels):
+        raise UserError(f"--sparsities {text}: sparsities go from 0 up to, not including, 1")
+    return sorted(set(levels))
+
+
+def make_levels(
+    source: ModelSource,
+    out: Path,
+    sparsities: list[float],
+    plan: PruningPlan,
+    calibration: Calibration,
+    *,
+    reporter: Reporter,
+) -> list[Path]:
+    """Prune and export `source` at every sparsity, reusing what is there; the bundles' directories.
+
+    All levels are pruned from the dense level's checkpoint, so a GGUF file is converted once, and share the dense
+    model's LOD.
+
+    Raises:
+        UserError: see `prune_checkpoint` and `export_checkpoint`.
+    """
+    bundles = []
+    dense = out / "0" / "checkpoint"
+    prune_checkpoint(source, dense, dataclasses.replace(plan, sparsity=0.0), calibration, reporter=reporter)
+    for sparsity in sparsities:
+        reporter.step(f"sparsity {sparsity:g}")
+        level = out / f"{sparsity:g}"
+        if sparsity > 0:
+            prune_checkpoint(
+                ModelSource(source.name, dense),
+                level / "checkpoint",
+                dataclasses.replace(plan, sparsity=sparsity),
+                calibration,
+                lod_file=out / "lod.json",
+                reporter=reporter,
+            )
+        bundle = level / "bundle"
+        export_checkpoint(level / "checkpoint", bundle, FLAVORS, reporter=reporter)
+        bundles.append(bundle)
+    return bundles

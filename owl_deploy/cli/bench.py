@@ -1,0 +1,105 @@
+"""`owl-deploy bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from owl_deploy.cli import options
+from owl_deploy.errors import UserError
+from owl_deploy.reporting import Reporter
+
+
+def bench(
+    bundles: Annotated[Optional[list[Path]], typer.Argument(help="Bundles, as `export` writes them.")] = None,
+    sweep: Annotated[
+        Optional[str], typer.Option(metavar="MODEL", help="Prune and export this model at every sparsity first.")
+    ] = None,
+    sparsities: Annotated[str, typer.Option(help="Of a sweep: FIRST:LAST:STEP, or a list.")] = "0:0.9:0.1",
+    engines: Annotated[str, typer.Option(help="Comma-separated; see `owl-deploy engines list`.")] = "onnxruntime",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for results and report.")] = Path(
+        "owl-bench"
+    ),
+    threads: options.Threads = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every engine and level is timed in each.")] = 5,
+    text: Annotated[
+        Optional[str],
+        typer.Option(help="Text for prompt and perplexity, as for `evaluate`. Default: demo, if installed; else none."),
+    ] = None,
+    seqlen: Annotated[
+        Optional[int], typer.Option(min=2, help="Tokens per evaluation window. Default: as the prompt.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 16,
+    max_load: Annotated[
+        float, typer.Option(min=0, help="Cores that other processes may keep busy; above, bench refuses to start.")
+    ] = 0.5,
+    method: Annotated[str, typer.Option(help="Of a sweep: pruning method.")] = "wanda",
+    allocation: Annotated[str, typer.Option(help="Of a sweep: owl or uniform.")] = "owl",
+    owl_m: Annotated[float, typer.Option(help="Of a sweep: OWL's M.")] = 5.0,
+    owl_lambda: Annotated[float, typer.Option(help="Of a sweep: OWL's lambda.")] = 0.08,
+    calibration: options.Calibration = "c4",
+    samples: options.Samples = None,
+    calibration_seqlen: Annotated[
+        Optional[int], typer.Option(min=2, help="Tokens per calibration window. Default: 2048.")
+    ] = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time prefill and decode of every engine on every bundle, with the perplexity of each beside it.
+
+    Rounds are interleaved, and speed-ups are ratios within a round; every sample is kept in results.jsonl. Each engine
+    must first compute the logits ONNX Runtime computes on the same file. With --json, one JSON object a row.
+
+    Exit code 1 if no engine could run at all; one that fails is a row that says so.
+
+    Examples:
+
+        owl-deploy bench dense-bundle sparse-bundle --engines onnxruntime,deepsparse
+
+        owl-deploy bench --sweep demo --sparsities 0,0.5,0.7 --calibration demo --samples 32
+            --calibration-seqlen 512 -o results
+    """
+    from owl_deploy.bench.machine import available_cores
+    from owl_deploy.bench.run import Request, bench_bundles, first_available_text
+    from owl_deploy.bench.sweep import make_levels, parse_sparsities
+    from owl_deploy.checkpoints.source import resolve_model
+    from owl_deploy.engines.registry import engine_spec
+    from owl_deploy.pruning.plan import PruningPlan
+    from owl_deploy.pruning.run import Calibration
+    from owl_deploy.report.tables import terminal_table
+
+    if bool(bundles) == (sweep is not None):
+        raise UserError("give either bundles to measure, or a model with --sweep")
+    reporter = Reporter(quiet=quiet)
+    specs = [engine_spec(name.strip()) for name in engines.split(",")]
+    options.use_threads(threads)
+    paths = list(bundles or ())
+    if sweep is not None:
+        plan = PruningPlan(0.0, method, allocation, owl_m, owl_lambda)  # type: ignore[arg-type]  # checked by it
+        wanted = Calibration(calibration, samples, calibration_seqlen, seed)
+        levels = parse_sparsities(sparsities)
+        paths = make_levels(resolve_model(sweep), output, levels, plan, wanted, reporter=reporter)
+    request = Request(
+        prompt=prompt,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        threads=threads or available_cores(),
+        text=text or first_available_text(),
+        seqlen=seqlen,
+        windows=windows,
+        max_load=max_load,
+    )
+    rows, report = bench_bundles(paths, specs, request, output, reporter=reporter)
+    if json:
+        for row in rows:
+            typer.echo(row.model_dump_json())
+    elif not quiet:
+        reporter.console.print(terminal_table(rows))
+        typer.echo(str(report))
+    if all(row.status == "failed" for row in rows):
+        raise typer.Exit(1)

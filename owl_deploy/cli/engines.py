@@ -1,0 +1,93 @@
+"""`owl-deploy engines`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json as jsonlib
+import subprocess
+from typing import Annotated, Any
+
+import typer
+
+from owl_deploy.cli import options
+from owl_deploy.reporting import Reporter
+
+app = typer.Typer(no_args_is_help=True, help="Install and list the engines that `bench` measures.")
+
+
+@app.command()
+def install(
+    name: Annotated[str, typer.Argument(help="Engine, for example deepsparse.")],
+    quiet: options.Quiet = False,
+) -> None:
+    """Make the virtual environment of an engine that cannot share owl-deploy's.
+
+    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older.
+
+    Examples:
+
+        owl-deploy engines install deepsparse
+    """
+    from owl_deploy.engines.registry import engine_spec
+
+    spec = engine_spec(name)
+    reporter = Reporter(quiet=quiet)
+    if spec.environment is None:
+        reporter.step(f"{name}: comes with owl-deploy")
+    elif spec.environment.is_ready():
+        reporter.step(f"{name}: already in {spec.environment.directory}")
+    else:
+        reporter.step(f"{name}: installing into {spec.environment.directory} (licence: {spec.licence})")
+        spec.environment.install()
+        reporter.step(f"{name}: ready")
+
+
+@app.command("list")
+def list_engines(json: options.Json = False) -> None:
+    """Show every engine: whether it can run here, its version, instruction set and licence.
+
+    Examples:
+
+        owl-deploy engines list --json
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from owl_deploy.engines.registry import ENGINES
+
+    rows = [_row(name) for name in ENGINES]
+    if json:
+        typer.echo(jsonlib.dumps(rows))
+        return
+    columns = ("engine", "version", "status", "instruction_set", "licence")
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row[column] or "") for column in columns))
+    Console().print(table)
+
+
+def _row(name: str) -> dict[str, Any]:
+    from owl_deploy.engines.cpu import instruction_set
+    from owl_deploy.engines.registry import ENGINES
+
+    spec = ENGINES[name]
+    problem = spec.environment.problem() if spec.environment else None
+    return {
+        "engine": name,
+        "status": problem or "ready",
+        "version": None if problem else _version(name),
+        "instruction_set": None if problem else instruction_set(),
+        "licence": spec.licence,
+        "interpreter": str(spec.environment.interpreter) if spec.environment and not problem else None,
+    }
+
+
+def _version(name: str) -> str:
+    from owl_deploy.engines.registry import ENGINES
+
+    spec = ENGINES[name]
+    if spec.environment is None:
+        return importlib.metadata.version(spec.package)
+    code = f"import importlib.metadata; print(importlib.metadata.version({spec.package!r}))"
+    done = subprocess.run([str(spec.environment.interpreter), "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,141 @@
+"""Our end of a worker process: start it, ask it, pause it, and survive whatever becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from owl_deploy.engines.registry import EngineSpec
+from owl_deploy.errors import UserError
+
+_WORKER = Path(__file__).with_name("worker.py")
+_LAST_LINES = 3
+REQUEST_TIMEOUT_S = 600.0
+
+
+class EngineFailed(Exception):
+    """The engine said no, died, or did not answer in time. The message says which, with its last lines."""
+
+
+class EngineProcess:
+    """One worker with one engine. A context manager: the process is gone when it ends.
+
+    Attributes:
+        load_ms: what loading took, imports included; None before.
+        memory_bytes: its resident memory when last measured.
+
+    Raises:
+        UserError: the engine's environment is not installed.
+    """
+
+    def __init__(self, spec: EngineSpec, threads: int) -> None:
+        self.load_ms: float | None = None
+        self.memory_bytes = 0
+        if spec.environment is not None and not spec.environment.is_ready():
+            raise UserError(f"engine {spec.name}: {spec.environment.problem()}")
+        interpreter = str(spec.environment.interpreter) if spec.environment else sys.executable
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NM_DISABLE_ANALYTICS": "1"}
+        environment.pop("PYTHONPATH", None)  # another interpreter's packages
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [interpreter, str(_WORKER), spec.module, spec.class_name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            start_new_session=True,  # an interrupt at the terminal is ours to handle
+        )
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, graph: Path, *, threads: int, context: int, prompts: list[int]) -> dict[str, Any]:
+        """Load a graph; the answer holds the engine's `facts`."""
+        answer: dict[str, Any] = self.ask(
+            do="load", graph=str(graph.absolute()), threads=threads, context=context, prompts=prompts
+        )
+        self.load_ms = answer["load_ms"]
+        return answer
+
+    def measure_memory(self) -> None:
+        """Update `memory_bytes`."""
+        self.memory_bytes = psutil.Process(self._process.pid).memory_info().rss
+
+    def ask(self, *, timeout_s: float = REQUEST_TIMEOUT_S, **request: Any) -> Any:
+        """Send one request and wait for its answer.
+
+        Raises:
+            EngineFailed: the engine refused it, ended, or took longer than `timeout_s`; it is then closed.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline() if self._answers_within(timeout_s) else None
+        except BrokenPipeError:
+            line = ""
+        if line is None:
+            self.close()
+            raise EngineFailed(f"no answer to '{request['do']}' in {timeout_s:.0f} s; the process was ended")
+        if not line:
+            self._process.wait()
+            raise EngineFailed(f"ended ({self._how_it_ended()}) during '{request['do']}': {self._last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineFailed(answer["error"])
+        return answer["ok"]
+
+    def pause(self) -> None:
+        """Stop all its threads: an idle engine takes nothing from the one being measured."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the process, whatever state it is in."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        self._errors.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    def _answers_within(self, timeout_s: float) -> bool:
+        with selectors.DefaultSelector() as selector:
+            assert self._process.stdout is not None
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(timeout_s))
+
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return " | ".join(lines[-_LAST_LINES:]) or "it said nothing"

@@ -1,0 +1,101 @@
+"""Virtual environments for engines that cannot live in ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl_deploy.errors import UserError
+from owl_deploy.files import locked, read_json, write_json
+
+_READY = "owl-deploy.json"
+_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of an engine.
+
+    Attributes:
+        pythons: versions of Python it can be made with, best first.
+        requirements: what pip installs.
+        check: Python code that fails in an environment that would not work.
+    """
+
+    name: str
+    pythons: tuple[str, ...]
+    requirements: tuple[str, ...]
+    check: str
+
+    @property
+    def directory(self) -> Path:
+        """Under `$OWL_DEPLOY_ENGINES`, or the user's cache."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        root = Path(os.environ.get("OWL_DEPLOY_ENGINES") or cache / "owl-deploy" / "engines")
+        return root.absolute() / self.name
+
+    @property
+    def interpreter(self) -> Path:
+        return self.directory / "bin" / "python"
+
+    def problem(self) -> str | None:
+        """Why the environment cannot be used, and what to do; None if it can."""
+        if self.is_ready():
+            return None
+        if find_python(self.pythons) is None:
+            return f"needs Python {self.pythons[0]} (or {', '.join(self.pythons[1:])}), which is not on PATH"
+        return f"not installed; run: owl-deploy engines install {self.name}"
+
+    def is_ready(self) -> bool:
+        """Whether it was installed to the end, from these very requirements."""
+        marker = self.directory / _READY
+        return marker.is_file() and read_json(marker).get("requirements") == list(self.requirements)
+
+    def install(self) -> None:
+        """Make the environment; what an interrupted installation left is replaced.
+
+        Raises:
+            UserError: no fitting Python, or pip failed; its last lines are in the message.
+        """
+        if self.is_ready():
+            return
+        python = find_python(self.pythons)
+        if python is None:
+            raise UserError(f"engine {self.name}: {self.problem()}; install it and run this again")
+        with locked(self.directory):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._run([python, "-m", "venv", str(self.directory)])
+            pip = [str(self.interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            self._run([*pip, *self.requirements])
+            self._run([str(self.interpreter), "-c", self.check])
+            write_json(self.directory / _READY, {"requirements": list(self.requirements), "python": python})
+
+    def _run(self, command: list[str]) -> None:
+        environment = {**os.environ, "NM_DISABLE_ANALYTICS": "1"}
+        environment.pop("PYTHONPATH", None)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=environment
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"engine {self.name}: installation took over {_TIMEOUT_S} s and was stopped") from error
+        if done.returncode != 0:
+            last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise UserError(f"engine {self.name}: {' '.join(command[:4])} … failed: {last}")
+
+
+def find_python(versions: tuple[str, ...]) -> str | None:
+    """An interpreter of one of these versions, the earlier ones preferred: our own, on PATH, or pyenv's."""
+    for version in versions:
+        if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+            return sys.executable
+        if found := shutil.which(f"python{version}"):
+            return found
+        pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
+        for candidate in sorted(pyenv.glob(f"{version}.*/bin/python{version}")):
+            return str(candidate)
+    return None

@@ -1,0 +1,71 @@
+"""The engines there are. To add one: write its module (see `protocol.py`) and give it a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from owl_deploy.engines.environments import Environment
+from owl_deploy.errors import UserError
+from owl_deploy.export.names import Flavor
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to start an engine.
+
+    Attributes:
+        module, class_name: where its class is.
+        flavors: the graphs it runs, best first.
+        environment: the virtual environment it needs; None for the one owl-deploy runs in.
+        package: what its version is the version of.
+        licence: a note for the user.
+    """
+
+    name: str
+    module: str
+    class_name: str
+    flavors: tuple[Flavor, ...]
+    environment: Environment | None
+    package: str
+    licence: str
+
+
+ENGINES = {
+    spec.name: spec
+    for spec in (
+        EngineSpec(
+            name="onnxruntime",
+            module="owl_deploy.engines.onnxruntime_engine",
+            class_name="OnnxRuntimeEngine",
+            flavors=("genai", "standard"),
+            environment=None,
+            package="onnxruntime",
+            licence="MIT",
+        ),
+        EngineSpec(
+            name="deepsparse",
+            module="owl_deploy.engines.deepsparse_engine",
+            class_name="DeepSparseEngine",
+            flavors=("standard",),
+            environment=Environment(
+                name="deepsparse",
+                pythons=("3.11", "3.10", "3.9", "3.8"),
+                requirements=("deepsparse==1.8.0", "sparsezoo==1.8.1", "setuptools<81", "numpy<2"),
+                check="import numpy, deepsparse; assert int(numpy.__version__.split('.')[0]) < 2, 'numpy 2'",
+            ),
+            package="deepsparse",
+            licence="Neural Magic, discontinued in 2025: evaluation in development and testing, not production",
+        ),
+    )
+}
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The engine called `name`.
+
+    Raises:
+        UserError: there is none; those that there are, are named.
+    """
+    if name not in ENGINES:
+        raise UserError(f"engine {name!r} is unknown; choose from {', '.join(ENGINES)}")
+    return ENGINES[name]

@@ -1,0 +1,66 @@
+"""`report.md` and the files beside it: everything a reader needs to judge a benchmark and to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from owl_deploy.bench.rows import RESULTS, Row
+from owl_deploy.errors import UserError
+from owl_deploy.files import disk_errors, write_text
+from owl_deploy.report.conditions import conditions
+from owl_deploy.report.findings import findings
+from owl_deploy.report.plots import plot_speedup
+from owl_deploy.report.series import model_name
+from owl_deploy.report.tables import markdown_table, write_csv
+from owl_deploy.report.text import enumeration
+
+REPORT = "report.md"
+CSV = "results.csv"
+PLOT = "speedup.png"
+
+
+def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
+    """Write the report into the directory `out`, made if need be; its files are replaced if they are there.
+
+    Args:
+        command: the command line that measured the rows.
+
+    Returns:
+        The path of `report.md`. Beside it: `results.jsonl`, `results.csv` and `speedup.png`.
+
+    Raises:
+        UserError: there are no rows, or `out` cannot be written.
+    """
+    if not rows:
+        raise UserError(f"{out}: nothing was measured, so there is nothing to report")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text(out / RESULTS, "".join(f"{row.model_dump_json()}\n" for row in rows))
+    write_csv(rows, out / CSV)
+    plot_speedup(rows, out / PLOT)
+    write_text(out / REPORT, _markdown(rows, command))
+    return out / REPORT
+
+
+def _markdown(rows: Sequence[Row], command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("owl_deploy", "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.md.j2").render(
+        model=enumeration(sorted({model_name(row) for row in rows})),
+        findings=findings(rows),
+        table=markdown_table(rows),
+        conditions=conditions(rows),
+        command=command,
+        has_deepsparse=any(row.engine == "deepsparse" for row in rows),
+        plot=PLOT,
+        csv=CSV,
+        results=RESULTS,
+    )

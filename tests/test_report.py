@@ -1,0 +1,345 @@
+"""Reports: they say what the rows say, slower and failed rows included, and lose nothing on the way to disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from rich.console import Console
+
+from owl_deploy.bench.rows import RESULTS, Machine, Row, Samples, Spread, read_rows
+from owl_deploy.errors import UserError
+from owl_deploy.export.parity import ParityRecord
+from owl_deploy.report.findings import findings, verdict
+from owl_deploy.report.paper import paper_speedup
+from owl_deploy.report.plots import plot_speedup
+from owl_deploy.report.series import by_series
+from owl_deploy.report.tables import COLUMNS, markdown_table, terminal_table, write_csv
+from owl_deploy.report.text import enumeration, number, perplexity_text, size
+from owl_deploy.report.write import write_report
+
+MACHINE = Machine(
+    cpu="Test CPU",
+    cores=2,
+    instruction_set="avx2",
+    memory_bytes=16 * 2**30,
+    memory_bandwidth_gb_s=21.5,
+    system="Linux 6.1",
+)
+PARITY = ParityRecord(
+    positions=64,
+    positions_with_past=16,
+    max_abs_difference=3e-5,
+    max_abs_difference_with_past=4e-5,
+    argmax_agreement=1.0,
+)
+CANNOT_RUN = "the worker died | signal 11\nAssertion `rank == 4` failed in <layer> " + "x" * 400
+
+
+def make_row(engine: str = "deepsparse", sparsity: float = 0.5, speedup: float = 1.5, **changes: Any) -> Row:
+    """A row that ran: its speed-up, with 2% of spread, is over a dense row of 20 ms per token."""
+    fields: dict[str, Any] = {
+        "model": "someone/Tiny-1B",
+        "bundle": f"sparse-{sparsity}",
+        "engine": engine,
+        "flavor": "standard",
+        "threads": 2,
+        "prompt_tokens": 64,
+        "new_tokens": 32,
+        "repetitions": 5,
+        "sparsity_asked": sparsity,
+        "sparsity_achieved": sparsity,
+        "perplexity": 12.0 * 10 ** (4 * sparsity**4),
+        "perplexity_text": "wikitext2",
+        "perplexity_windows": 8,
+        "ttft_ms_p50": 321.0,
+        "decode_ms_p50": 20 / speedup,
+        "decode_ms_p90": 22 / speedup,
+        "decode_ms_p99": 30 / speedup,
+        "decode_tokens_per_s": 50 * speedup,
+        "speedup_same_engine": speedup,
+        "speedup_same_engine_spread": around(speedup),
+        "speedup_fastest_dense": speedup,
+        "speedup_fastest_dense_spread": around(speedup),
+        "paper_speedup": paper_speedup(sparsity),
+        "load_ms": 900.0,
+        "peak_rss_bytes": 2**30,
+        "file_bytes": 500 * 2**20,
+        "load_average": (0.1, 1.9),
+        "other_load_cores": 0.05,
+        "parity": PARITY,
+        "engine_facts": {"version": "1.8.0", "fraction_of_supported_ops": {"1": 0.98}, "internal_kv_cache": True},
+        "machine": MACHINE,
+        "samples_ms": Samples(ttft=[320.0, 322.0], decode=[[20.0, 20.5], [19.5, 20.0]]),
+    }
+    return Row(**fields | changes)
+
+
+def make_dense(engine: str = "deepsparse", **changes: Any) -> Row:
+    """A dense row: its own speed-up is 1, without a spread."""
+    return make_row(engine, 0.0, 1.0, speedup_same_engine_spread=None, **changes)
+
+
+def make_failed(sparsity: float = 0.7, error: str = CANNOT_RUN, **changes: Any) -> Row:
+    """A row whose engine could not run."""
+    names = ("engine", "model", "flavor", "threads", "prompt_tokens", "new_tokens", "repetitions")
+    kept = make_row(sparsity=sparsity).model_dump(include={*names, "bundle", "sparsity_asked", "sparsity_achieved"})
+    return Row(**kept | {"status": "failed", "error": error, "file_bytes": 2**20, "machine": MACHINE} | changes)
+
+
+def around(speedup: float) -> Spread:
+    return Spread(median=speedup, low=0.98 * speedup, high=1.02 * speedup)
+
+
+def make_sweep() -> list[Row]:
+    """DeepSparse gains from sparsity and fails once; ONNX Runtime starts faster and only loses."""
+    return [
+        make_row("onnxruntime", 0.9, 0.8, speedup_fastest_dense=0.8),
+        make_row("onnxruntime", 0.5, 0.95, speedup_fastest_dense=0.95),
+        make_dense("onnxruntime", decode_ms_p50=15.0),
+        make_failed(),
+        make_row("deepsparse", 0.9, 2.5, speedup_fastest_dense=1.9, speedup_fastest_dense_spread=around(1.9)),
+        make_row("deepsparse", 0.5, 1.31, unsteady=True),
+        make_row("deepsparse", 0.1, 1.01),
+        make_dense("deepsparse"),
+    ]
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of a Markdown table, its header first, its rule left out."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.replace("\\|", "¦").strip("|").split("|")] for line in lines]
+    return [table[0], *table[2:]]
+
+
+def test_the_paper_is_quoted_at_its_own_sparsities_only() -> None:
+    quoted = [paper_speedup(tenth / 10) for tenth in range(10)]
+    assert quoted == [1.0, 1.0, 1.0, 1.01, 1.25, 1.67, 1.81, 2.0, 2.37, 2.78]
+    assert paper_speedup(0.1 + 0.2) == 1.01
+    assert [paper_speedup(other) for other in (None, 0.55, 0.70001, 0.95)] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "text"),
+    [
+        *((None, "–"), (12.344, "12.34"), (99.996, "100.0"), (123.44, "123.4"), (999.96, "1.0k")),
+        *((26_013.0, "26.0k"), (999_960.0, "1.0e6"), (1.23e6, "1.2e6"), (4e12, "4.0e12")),
+        *((math.inf, "inf"), (math.nan, "nan")),
+    ],
+)
+def test_any_perplexity_is_readable(perplexity: float | None, text: str) -> None:
+    assert perplexity_text(perplexity) == text
+
+
+def test_figures_keep_three_digits_and_say_their_unit() -> None:
+    assert [number(value) for value in (None, 0.123, 9.996, 45.67, 99.96, 1234.5)] == [
+        *("–", "0.12", "10.0", "45.7", "100", "1234")
+    ]
+    assert [size(count) for count in (None, 2**20, 3 * 2**29)] == ["–", "1.00 MiB", "1.50 GiB"]
+    assert [enumeration(items) for items in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_rows_are_sorted_by_engine_and_sparsity() -> None:
+    shown = [(row[0], row[1]) for row in cells(markdown_table(make_sweep()))[1:]]
+    assert shown == [
+        ("deepsparse", "dense (0.00%)"),
+        ("deepsparse", "10% (10.00%)"),
+        ("deepsparse †", "50% (50.00%)"),
+        ("deepsparse", "70% (70.00%)"),
+        ("deepsparse", "90% (90.00%)"),
+        ("onnxruntime", "dense (0.00%)"),
+        ("onnxruntime", "50% (50.00%)"),
+        ("onnxruntime", "90% (90.00%)"),
+    ]
+
+
+def test_an_engine_is_named_by_what_tells_its_series_apart() -> None:
+    rows = [make_row(flavor="genai"), make_row(), make_row(threads=10), make_row("onnxruntime", flavor="genai")]
+    assert [series.name for series in by_series(rows)] == [
+        *("deepsparse (genai, threads 2)", "deepsparse (standard, threads 2)", "deepsparse (standard, threads 10)"),
+        "onnxruntime",
+    ]
+
+
+def test_bundles_of_equal_sparsity_are_told_apart_by_name() -> None:
+    table = cells(markdown_table([make_row(bundle="uniform"), make_row(bundle="owl"), make_row(sparsity=0.6)]))
+    assert [row[1] for row in table[1:]] == ["50% owl (50.00%)", "50% uniform (50.00%)", "60% (60.00%)"]
+
+
+def test_a_checkpoint_pruned_elsewhere_counts_as_sparse() -> None:
+    row = make_row(sparsity_asked=None, sparsity_achieved=0.4987, paper_speedup=None)
+    assert cells(markdown_table([row]))[1][1] == "49.87% (49.87%)"
+    assert by_series([row])[0].sparse == [row]
+
+
+def test_a_speedup_is_shown_with_its_spread() -> None:
+    spread = Spread(median=1.31, low=1.28, high=1.35)
+    row = cells(markdown_table([make_row(speedup=1.31, speedup_same_engine_spread=spread)]))[1]
+    assert row[6] == "1.31x (1.28–1.35)"
+    assert row[4] == "15.3 (16.8, 22.9)"
+    assert row[8:] == ["1.67x", "1.00 GiB", "500 MiB"]
+
+
+def test_every_line_of_the_markdown_table_has_every_column() -> None:
+    table = cells(markdown_table(make_sweep()))
+    assert table[0] == [column.title for column in COLUMNS]
+    assert {len(row) for row in table} == {len(COLUMNS)}
+
+
+def test_a_failed_row_says_why_in_its_first_figure_and_shows_no_others() -> None:
+    row = cells(markdown_table([make_failed()]))[1]
+    assert row[2].startswith("failed: the worker died ¦ signal 11 Assertion `rank == 4`")
+    assert len(row[2]) < 80
+    assert set(row[3:-1]) == {"–"}
+
+
+def test_footnotes_explain_what_is_there_and_nothing_else() -> None:
+    assert "† unsteady: some round's median was over 1.5 times" in markdown_table([make_row(unsteady=True)])
+    steady = markdown_table([make_row(sparsity=0.55)])
+    assert "†" not in steady
+    assert "Paper's Table 8:" not in steady
+    assert "Speed-ups: median of rounds" in steady
+
+
+def test_the_terminal_shows_what_the_markdown_shows() -> None:
+    rows = make_sweep()
+    console = Console(width=400, record=True, quiet=True)
+    console.print(terminal_table(rows))
+    shown = console.export_text()
+    for row in cells(markdown_table(rows)):
+        assert all(cell.replace("¦", "|").replace("&lt;", "<") in shown for cell in row)
+
+
+def test_the_csv_has_every_field_but_the_samples_and_the_full_error(tmp_path: Path) -> None:
+    write_csv(make_sweep(), tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert set(records[0]) == leaves(Row) - leaves(Samples, "samples_ms.") - spread_medians()
+    failed = next(record for record in records if record["status"] == "failed")
+    assert failed["error"] == CANNOT_RUN
+    assert failed["decode_ms_p50"] == failed["parity.positions"] == failed["load_average"] == ""
+    sparse = records[-1]
+    assert (sparse["engine"], float(sparse["sparsity_asked"]), float(sparse["decode_ms_p50"])) == (
+        *("onnxruntime", 0.9),
+        20 / 0.8,
+    )
+    assert json.loads(sparse["load_average"]) == [0.1, 1.9]
+    assert json.loads(sparse["engine_facts"])["version"] == "1.8.0"
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted names of all fields, those of nested records included."""
+    records: dict[str, type[BaseModel]] = {"machine": Machine, "parity": ParityRecord, "samples_ms": Samples}
+    records |= dict.fromkeys(("speedup_same_engine_spread", "speedup_fastest_dense_spread"), Spread)
+    names: set[str] = set()
+    for name in model.model_fields:
+        names |= leaves(records[name], f"{prefix}{name}.") if name in records else {f"{prefix}{name}"}
+    return names
+
+
+def spread_medians() -> set[str]:
+    """Each is the speed-up itself."""
+    return {"speedup_same_engine_spread.median", "speedup_fastest_dense_spread.median"}
+
+
+def test_a_difference_needs_the_whole_spread_on_one_side_of_one() -> None:
+    assert verdict(1.05, Spread(median=1.05, low=1.01, high=1.1)) == "faster"
+    assert verdict(1.05, Spread(median=1.05, low=0.99, high=1.1)) == "no different"
+    assert verdict(0.9, Spread(median=0.9, low=0.8, high=0.99)) == "slower"
+    assert verdict(0.9, None) == "slower"
+
+
+def test_findings_say_where_sparse_is_faster_and_where_it_is_slower() -> None:
+    deepsparse, onnxruntime, *_ = findings(make_sweep())
+    assert deepsparse == (
+        "**deepsparse**: sparse decode reaches 2.50x (2.45–2.55) at 90% sparsity (in the paper 2.78x) over its own "
+        "dense model. Sparse is faster at 50% and 90%; no different within the spread of rounds at 10%. "
+        "Against the fastest dense engine, onnxruntime, its best is 1.90x (1.86–1.94) at 90%: faster."
+    )
+    assert "sparsity gains nothing over its own dense model: 0.95x" in onnxruntime
+    assert "**slower than dense** at 50% and 90%" in onnxruntime
+    assert "fastest dense engine" not in onnxruntime
+
+
+def test_findings_say_that_a_gain_over_its_own_dense_model_may_still_lose() -> None:
+    dense = [make_dense("slow"), make_dense("fast", decode_ms_p50=5.0)]
+    sparse = make_row("slow", 0.5, 2.0, speedup_fastest_dense=0.5, speedup_fastest_dense_spread=around(0.5))
+    assert "fast, its best is 0.50x (0.49–0.51) at 50%: **still slower**." in findings([*dense, sparse])[0]
+
+
+def test_findings_tell_no_speedup_without_a_dense_row() -> None:
+    row = make_row(speedup_same_engine=None, speedup_fastest_dense=None)
+    assert findings([row])[0] == "**deepsparse**: without its dense row, its speed-up cannot be told."
+
+
+def test_engines_that_agree_on_perplexity_share_a_sentence() -> None:
+    rows = [make(engine) for engine in ("deepsparse", "onnxruntime") for make in (make_dense, make_row)]
+    assert "Perplexity in deepsparse and onnxruntime: 12.00 dense, 21.34 at 50% (1.78x)." in findings(rows)
+
+
+def test_perplexity_that_was_not_measured_or_is_infinite_is_said_to_be() -> None:
+    assert any("Perplexity was not measured" in finding for finding in findings([make_row(perplexity=None)]))
+    assert "Perplexity in deepsparse: inf at 50%." in findings([make_row(perplexity=math.inf)])
+
+
+def test_findings_name_failed_and_unsteady_rows() -> None:
+    *_, failed, unsteady = findings([*make_sweep(), make_failed(0.8)])
+    assert failed.startswith("**Failed**: deepsparse at 70% and 80%: the worker died \\| signal 11 Assertion")
+    assert "in &lt;layer>" in failed
+    assert unsteady == "**Unsteady** (†), not to be relied on: deepsparse at 50%."
+
+
+def test_the_report_is_complete_and_its_rows_can_be_read_back(tmp_path: Path) -> None:
+    rows = make_sweep()
+    report = write_report(rows, tmp_path / "new" / "folder", command="owl-deploy bench sparse-*")
+    assert report == tmp_path / "new" / "folder" / "report.md"
+    assert {path.name for path in report.parent.iterdir()} == {
+        *("report.md", "results.jsonl", "results.csv", "speedup.png")
+    }
+    assert read_rows(report.parent / RESULTS) == rows
+    text = report.read_text(encoding="utf-8")
+    assert text.startswith("# Sparse decode speed of Tiny-1B\n")
+    assert markdown_table(rows) in text
+    assert "](speedup.png)" in text
+    assert "```sh\nowl-deploy bench sparse-*\n```" in text
+    for condition in (
+        *("64 prompt tokens and 32 new ones", "threads: 2, rounds: 5", "Test CPU, cores: 2, avx2, 16.0 GiB"),
+        *("21.5 GB/s", "0.10 before the first round, 1.90 after", "version 1.8.0", "98% (for 1 at once)"),
+        *("Parity of deepsparse with ONNX Runtime: logits differ by 4.0e-05", "wikitext2, windows: 8"),
+    ):
+        assert condition in text
+
+
+def test_only_a_report_with_deepsparse_speaks_of_its_licence(tmp_path: Path) -> None:
+    with_deepsparse = write_report([make_row()], tmp_path / "a", command="x").read_text(encoding="utf-8")
+    without = write_report([make_row("onnxruntime")], tmp_path / "b", command="x").read_text(encoding="utf-8")
+    assert "not production use" in " ".join(with_deepsparse.split())
+    assert "Licence" not in without
+
+
+@pytest.mark.parametrize("row", [make_failed(), make_row(perplexity=None, parity=None, load_average=None)])
+def test_a_report_of_one_poor_row_is_still_a_report(row: Row, tmp_path: Path) -> None:
+    report = write_report([row], tmp_path, command="x")
+    assert "## How it was measured" in report.read_text(encoding="utf-8")
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing was measured"):
+        write_report([], tmp_path, command="x")
+
+
+@pytest.mark.parametrize(
+    "rows", [make_sweep(), [make_failed()], [make_row(perplexity=math.inf, speedup_same_engine=None)]]
+)
+def test_equal_rows_give_equal_pngs(rows: list[Row], tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        plot_speedup(rows, tmp_path / name)
+    png = (tmp_path / "a.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert png == (tmp_path / "b.png").read_bytes()
+    assert not list(tmp_path.glob(".*"))
