@@ -20,26 +20,22 @@ Rounds = dict[int, dict[str, Any]]
 
 def make_rows(bench: Bench, workload: Workload, machine: Machine) -> list[Row]:
     """One row per configuration, failed ones included, in the order of the configurations."""
-    measured = {item.name: bench.rounds(item) for item in bench.configurations if bench.error(item) is None}
-    dense = {
-        item.spec.name: measured[item.name]
-        for item in bench.configurations
-        if item.manifest.sparsity_asked in (None, 0.0) and measured.get(item.name)
-    }
-    fastest = min(dense.values(), key=_decode_ms, default={})
-    return [
-        _row(
-            item,
-            workload,
-            machine,
-            error=bench.error(item),
-            setup=bench.setup(item) or {},
-            rounds=measured.get(item.name, {}),
-            own_dense=dense.get(item.spec.name, {}),
-            fastest_dense=fastest,
-        )
-        for item in bench.configurations
+    rounds = [bench.rounds(item) if bench.error(item) is None else {} for item in bench.configurations]
+    rows = [
+        _row(item, workload, machine, error=bench.error(item), setup=bench.setup(item) or {}, rounds=samples)
+        for item, samples in zip(bench.configurations, rounds, strict=True)
     ]
+    dense: dict[str, Rounds] = {}
+    for row, samples in zip(rows, rounds, strict=True):
+        if row.is_dense and samples:
+            dense.setdefault(row.engine, samples)
+    fastest = min(dense.values(), key=_decode_ms, default={})
+    for row, samples in zip(rows, rounds, strict=True):
+        row.speedup_same_engine_spread = same = _speedup(dense.get(row.engine, {}), samples)
+        row.speedup_fastest_dense_spread = over_fastest = _speedup(fastest, samples)
+        row.speedup_same_engine = same.median if same else None
+        row.speedup_fastest_dense = over_fastest.median if over_fastest else None
+    return rows
 
 
 def _row(
@@ -50,14 +46,15 @@ def _row(
     error: str | None,
     setup: dict[str, Any],
     rounds: Rounds,
-    own_dense: Rounds,
-    fastest_dense: Rounds,
 ) -> Row:
+    """A row without its speed-ups, which need the other rows."""
     asked = item.manifest.sparsity_asked
     row = Row(
         status="ok" if error is None and rounds else "failed",
         error=error,
         model=item.manifest.model,
+        method=item.manifest.method,
+        allocation=item.manifest.allocation,
         bundle=str(item.bundle),
         engine=item.spec.name,
         flavor=item.flavor,
@@ -76,7 +73,6 @@ def _row(
         return row
     decode = np.concatenate([entry["decode_ms"] for entry in rounds.values()])
     p50, p90, p99 = (float(value) for value in np.percentile(decode, (50, 90, 99)))
-    same, over_fastest = _speedup(own_dense, rounds), _speedup(fastest_dense, rounds)
     medians = [statistics.median(entry["decode_ms"]) for entry in rounds.values()]
     return row.model_copy(
         update={
@@ -89,10 +85,6 @@ def _row(
             "decode_ms_p90": p90,
             "decode_ms_p99": p99,
             "decode_tokens_per_s": 1e3 * len(decode) / float(decode.sum()),
-            "speedup_same_engine": same.median if same else None,
-            "speedup_same_engine_spread": same,
-            "speedup_fastest_dense": over_fastest.median if over_fastest else None,
-            "speedup_fastest_dense_spread": over_fastest,
             "load_ms": statistics.median(entry["load_ms"] for entry in rounds.values()),
             "peak_rss_bytes": max(entry["peak_rss_bytes"] for entry in rounds.values()),
             "load_average": _load_average(list(rounds.values())),
@@ -107,7 +99,7 @@ def _row(
 
 
 def _decode_ms(rounds: Rounds) -> float:
-    return statistics.median(statistics.median(entry["decode_ms"]) for entry in rounds.values())
+    return float(statistics.median(statistics.median(entry["decode_ms"]) for entry in rounds.values()))
 
 
 def _speedup(dense: Rounds, rounds: Rounds) -> Spread | None:

@@ -8,12 +8,14 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from owl_deploy import __version__
 from owl_deploy.errors import UserError
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.pruning.manifest import Record
 
 SCHEMA_VERSION = 1
 RESULTS = "results.jsonl"
+_DENSE_BELOW = 0.01  # dequantised checkpoints hold a few exact zeros
 
 
 class Machine(Record):
@@ -52,6 +54,7 @@ class Row(Record):
     A row whose engine could not run has `status` "failed" and says why in `error`; its figures are null.
 
     Attributes:
+        method, allocation: how the checkpoint was pruned; null for one that owl-deploy did not prune.
         bundle: the bundle's directory.
         flavor, weights: the graph that was run, and its weight format.
         sparsity_asked: null for a checkpoint that owl-deploy did not prune.
@@ -64,6 +67,7 @@ class Row(Record):
         paper_speedup: the paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y).
         peak_rss_bytes: of the engine's own process, load included.
         file_bytes: the graph and its weights.
+        parity: of the engine's logits, ONNX Runtime's with torch's, any other's with ONNX Runtime's.
         load_average: 1-minute load before the first and after the last round.
         other_load_cores: cores kept busy by other processes while the engines were idle, at worst of all rounds.
         unsteady: some round's median was over 1.5 times that of the fastest round.
@@ -74,7 +78,10 @@ class Row(Record):
     schema_version: int = SCHEMA_VERSION
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
+    owl_deploy_version: str = __version__
     model: str
+    method: str | None = None
+    allocation: str | None = None
     bundle: str
     engine: str
     flavor: str
@@ -108,6 +115,11 @@ class Row(Record):
     engine_facts: dict[str, object] = Field(default_factory=dict)
     machine: Machine
     samples_ms: Samples = Field(default_factory=Samples)
+
+    @property
+    def is_dense(self) -> bool:
+        """No sparsity was asked of the model, and it has none to speak of."""
+        return not self.sparsity_asked and self.sparsity_achieved < _DENSE_BELOW
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
 
 from owl_deploy.cli import options
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
+
+_TABLE_COLUMNS = 200  # where the table does not go to a terminal
 
 
 def bench(
@@ -99,7 +103,7 @@ def bench(
         for row in rows:
             typer.echo(row.model_dump_json())
     elif not quiet:
-        reporter.console.print(terminal_table(rows))
+        Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(terminal_table(rows))
         typer.echo(str(report))
     if all(row.status == "failed" for row in rows):
         raise typer.Exit(1)

@@ -24,28 +24,32 @@ from owl_deploy.errors import UserError
 from owl_deploy.export.names import ATTENTION_BIAS
 
 _HIDDEN = np.finfo(np.float32).min
-_CACHE_STEP = 64
+_BLOCK = 64  # tokens; DeepSparse's internal cache is made of such blocks
 
 
 class DeepSparseEngine:
     """`protocol.Engine` on DeepSparse.
 
     Raises:
-        UserError: DeepSparse is not installed in this environment, or numpy is too new for it.
+        UserError: DeepSparse is not installed in this environment, or numpy is too new for it, or the graph cannot
+            be given fixed shapes.
     """
 
     def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...]) -> None:
         self._deepsparse = _import_deepsparse()
         self._graphs = StaticGraphs(graph, total=_sequence_length(context))
+        if self._graphs.counts_positions:
+            raise UserError(
+                f"{graph}: has no position_ids input, so its positions go wrong with the fixed shapes DeepSparse needs; "
+                "run it on onnxruntime"
+            )
         self._context = context
         self._threads = threads
-        # Repeating the heads of its internal cache is one of the things that end the process.
-        self._cache: _Cache = (
-            _ExternalCache(self._graphs) if self._graphs.expands_cache else _InternalCache(self._graphs)
-        )
-        planned = {piece for prompt in prompts for piece in _pieces(prompt, self._graphs.total)}
-        self._planned = {piece: self._compile(piece) for piece in sorted(planned | {1})}
-        self._latest = (1, self._planned[1])
+        # With a traced graph (OPT, GPT-NeoX, Gemma) its internal cache ends the process.
+        built = self._graphs.query_groups is not None
+        self._cache: _Cache = _InternalCache(self._graphs) if built else _ExternalCache(self._graphs)
+        pieces = {piece for prompt in prompts for piece in _pieces(prompt, self._graphs.total)}
+        self._engines = {piece: self._compile(piece) for piece in sorted(pieces | {1})}
         self._length = 0
 
     def describe(self) -> dict[str, Any]:
@@ -56,7 +60,7 @@ class DeepSparseEngine:
             "version": self._deepsparse.__version__,
             "instruction_set": f"{machine.isa}_vnni" if machine.vnni else machine.isa,
             "fraction_of_supported_ops": {
-                str(piece): engine.fraction_of_supported_ops for piece, engine in self._planned.items()
+                str(piece): engine.fraction_of_supported_ops for piece, engine in self._engines.items()
             },
             "internal_kv_cache": isinstance(self._cache, _InternalCache),
         }
@@ -109,14 +113,10 @@ class DeepSparseEngine:
         return {ATTENTION_BIAS: np.tile(bias, (self._graphs.query_groups, 1))[None, None]}
 
     def _engine(self, piece: int) -> Any:
-        """The engine for pieces of this length. Of those not planned only the latest is kept: each holds a whole
-        copy of the weights."""
-        if piece in self._planned:
-            return self._planned[piece]
-        if self._latest[0] != piece:
-            self._latest = (1, self._planned[1])  # frees the one before
-            self._latest = (piece, self._compile(piece))
-        return self._latest[1]
+        """The engine for pieces of this length. Each holds a whole copy of the weights."""
+        if piece not in self._engines:
+            self._engines[piece] = self._compile(piece)
+        return self._engines[piece]
 
     def _compile(self, piece: int) -> Any:
         """An engine that takes `piece` tokens. Its files are gone afterwards: it keeps what it needs in memory."""
@@ -188,21 +188,22 @@ class _ExternalCache:
 
 
 def _sequence_length(context: int) -> int:
-    """S for a context: DeepSparse's internal cache holds S rounded to a multiple of 64, less one slot. Past what it
-    holds it returns wrong logits and overwrites the heap, so S is a multiple, and larger than the context."""
-    return (context // _CACHE_STEP + 1) * _CACHE_STEP
+    """S for a context. DeepSparse's internal cache holds S rounded to whole blocks, less one token; past that it
+    returns wrong logits and overwrites the heap. The second spare block lets `_pieces` halve any prompt."""
+    return (context // _BLOCK + 2) * _BLOCK
 
 
 def _pieces(length: int, total: int) -> list[int]:
-    """The lengths in which a prompt is fed.
+    """The lengths in which a prompt is fed: at most two of whole blocks, then what is left.
 
-    DeepSparse's internal cache takes a piece only if it is shorter than the rest of the sequence, S - L; else the
-    logits are NaN. Feeding 512 tokens in two halves took as long as feeding them at once without a cache.
+    DeepSparse's internal cache takes only these right: above one block, a piece that is not whole blocks yields wrong
+    logits or ends the process, and a piece of S / 2 or more yields NaN. On SmolLM2-135M, feeding 512 tokens in two
+    halves took as long as feeding them at once without a cache.
     """
-    if 2 * length < total:
-        return [length]
-    half = length // 2
-    return [half, half, 1][: 2 + length % 2]
+    blocks, rest = divmod(length, _BLOCK)
+    first = blocks if 2 * blocks * _BLOCK < total else (blocks + 1) // 2
+    pieces = [first * _BLOCK, (blocks - first) * _BLOCK, rest]
+    return [piece for piece in pieces if piece]
 
 
 def _import_deepsparse() -> ModuleType:

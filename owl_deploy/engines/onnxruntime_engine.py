@@ -68,7 +68,7 @@ class OnnxRuntimeEngine:
         for name, array in feeds.items():
             if name in self._inputs:
                 self._bind_input(name, np.ascontiguousarray(array))
-        logits = np.empty((1, len(ids), self._vocabulary), np.float32)
+        logits: Logits = np.empty((1, len(ids), self._vocabulary), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         if not self._shares_cache:
             for name in self._caches:
@@ -79,7 +79,8 @@ class OnnxRuntimeEngine:
             for name in self._caches:
                 self._binding.bind_ortvalue_input(name, presents[_present(name)])
         self._length = total
-        return logits[0]
+        of_sequence: Logits = logits[0]
+        return of_sequence
 
     @property
     def _output_names(self) -> list[str]:

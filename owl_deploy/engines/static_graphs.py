@@ -36,10 +36,10 @@ class StaticGraphs:
         """G where variants take `attention_bias` [1, 1, G * L, S]; None where they take `attention_mask` [1, S]."""
 
     @property
-    def expands_cache(self) -> bool:
-        """Whether keys and values are repeated for their query heads after they leave the cache."""
-        consumers = [node for node in self._model.graph.node if any(i.startswith(_PRESENT) for i in node.input)]
-        return any(node.op_type in ("Unsqueeze", "Expand") for node in consumers)
+    def counts_positions(self) -> bool:
+        """Whether rotary angles come from the cache's length, which a fixed shape makes the same for every token."""
+        angles = any(node.op_type in ("Cos", "Sin") for node in self._model.graph.node)
+        return angles and all(value.name != "position_ids" for value in self._model.graph.input)
 
     def cache_shape(self, length: int) -> tuple[int, int, int, int]:
         """Shape of a layer's keys or values that hold `length` tokens, [1, heads, length, head dimension]."""

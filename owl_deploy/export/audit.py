@@ -88,8 +88,8 @@ class _Initializer:
 def _column_hashes(matrix: NDArray[np.float32]) -> NDArray[np.uint64]:
     """A 64-bit hash of each column's bits, with -0.0 taken for 0.0."""
     rows, columns = matrix.shape
-    multipliers = np.random.default_rng(_HASH_SEED).integers(1, 2**63, rows, dtype=np.uint64) | np.uint64(1)
-    hashes = np.zeros(columns, np.uint64)
+    multipliers = np.asarray(np.random.default_rng(_HASH_SEED).integers(1, 2**63, rows, dtype=np.uint64))
+    hashes: NDArray[np.uint64] = np.zeros(columns, np.uint64)
     for start in range(0, rows, _HASH_ROWS):
         bits = (matrix[start : start + _HASH_ROWS] + np.float32(0)).view(np.uint32).astype(np.uint64)
         hashes += multipliers[start : start + _HASH_ROWS] @ bits
@@ -98,7 +98,7 @@ def _column_hashes(matrix: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 def _find(name: str, weight: NDArray[np.float32], tensors: Iterable[_Initializer]) -> AuditedWeight | None:
     transposed = np.ascontiguousarray(weight.T)
-    first_hash = _column_hashes(transposed[:, :1])[0]
+    first_hash = _column_hashes(transposed[:, :1])
     inputs, outputs = transposed.shape
     for tensor in tensors:
         rows, columns = tensor.values.shape

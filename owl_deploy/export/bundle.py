@@ -58,6 +58,8 @@ class BundleManifest(Record):
     model: str
     checkpoint_sha256: str
     family: str
+    method: str | None
+    allocation: str | None
     sparsity_asked: float | None
     sparsity_achieved: float
     vocabulary: int

@@ -89,6 +89,8 @@ def export_checkpoint(
             model=pruned.model if pruned else source.name,
             checkpoint_sha256=checkpoint_sha256,
             family=type(model).__name__,
+            method=str(pruned.plan["method"]) if pruned else None,
+            allocation=str(pruned.plan["allocation"]) if pruned else None,
             sparsity_asked=pruned.sparsity_asked if pruned else None,
             sparsity_achieved=_sparsity(next(iter(records.values())).audit),
             vocabulary=model.config.vocab_size,

@@ -18,9 +18,9 @@ MANIFEST = "pruning.json"
 
 
 class Record(BaseModel):
-    """Base of everything written to disk as JSON: unknown fields are errors."""
+    """Base of everything written to disk as JSON: unknown fields are errors, and infinities are kept, as strings."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 class LinearRecord(Record):

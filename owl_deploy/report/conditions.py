@@ -62,18 +62,18 @@ def _perplexity_text(rows: Sequence[Row]) -> list[str]:
 
 def _engines(rows: Sequence[Row]) -> list[str]:
     """What each engine said of itself, once for each different answer."""
-    lines = (f"{row.engine}: {_facts(row.engine_facts)}" for row in rows if row.engine_facts)
+    lines = (f"What {row.engine} says of itself: {_facts(row.engine_facts)}" for row in rows if row.engine_facts)
     return sorted(set(lines))
 
 
 def _facts(facts: dict[str, object]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {_fact(name, value)}" for name, value in facts.items())
+    return ", ".join(f"{name.replace('_', ' ')}: {_fact(name, value)}" for name, value in facts.items())
 
 
 def _fact(name: str, value: object) -> str:
-    """Fractions as percentages, by the number of tokens at once; anything else as it is."""
+    """Fractions as percentages, by the number of tokens fed at once; anything else as it is."""
     if name.startswith("fraction_") and isinstance(value, dict):
-        return " and ".join(f"{percent(share)} (for {tokens} at once)" for tokens, share in value.items())
+        return " and ".join(f"{percent(share)} with {tokens} at once" for tokens, share in value.items())
     if name.startswith("fraction_") and isinstance(value, float):
         return percent(value)
     return str(value)
@@ -89,7 +89,7 @@ def _parity(rows: Sequence[Row]) -> list[str]:
             agreement = min(record.argmax_agreement for record in records)
             lines.append(
                 f"Parity of {engine} with ONNX Runtime: logits differ by {worst:.1e} at most, the most likely token "
-                f"is the same at {percent(agreement)} of {_range(record.positions for record in records)} positions"
+                f"is the same at {percent(agreement)} of positions"
             )
     return lines
 

@@ -42,7 +42,7 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
-    figure.legend(*speed_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*speed_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 

