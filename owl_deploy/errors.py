@@ -5,5 +5,9 @@ class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to do. Exit code 2."""
 
 
+class UnsupportedFamily(UserError):
+    """A flavor of export has no graph for this kind of model; another may."""
+
+
 class CheckFailed(Exception):
     """What was made is not what was asked for (parity, audit, a threshold): nothing is kept. Exit code 1."""

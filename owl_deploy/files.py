@@ -71,7 +71,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             free_bytes = shutil.disk_usage(_existing_parent(target)).free
             reason = f"{os.strerror(number)}, {free_bytes / 2**20:.0f} MiB free"
             raise UserError(f"{target}: cannot be written ({reason}); make room and run it again") from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{target}: cannot be written ({os.strerror(number)}); choose another place") from error
         raise
 
@@ -101,10 +101,8 @@ def staged_directory(target: Path, *, manifest: str, replace: bool = False) -> I
     if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
         what = "is already there" if (target / manifest).exists() else "is not empty"
         raise UserError(f"{target}: {what}; choose another output directory or remove this one")
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.partial")
-    with locked(target):
+    with _parents(target), locked(target):
         shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
         try:
             with disk_errors(target):
@@ -115,6 +113,21 @@ def staged_directory(target: Path, *, manifest: str, replace: bool = False) -> I
                 staging.rename(target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the directories above `target`; those that were not there go again when the body fails."""
+    new = [parent for parent in target.absolute().parents if not parent.exists()]
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process has put something there
+            for parent in new:
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

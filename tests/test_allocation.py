@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_every_block_keeps_some_weights_and_none_is_below_dense(
 def test_a_block_with_more_outliers_is_never_sparser(given_blocks: Blocks, target: float, owl_lambda: float) -> None:
     found = allocated(given_blocks, target, owl_lambda)
     by_lod = sorted(zip((lod for lod, _ in given_blocks), found, strict=True))
-    for (lod, sparsity), (other_lod, other) in zip(by_lod, by_lod[1:], strict=False):
+    for (lod, sparsity), (other_lod, other) in itertools.pairwise(by_lod):
         assert other <= sparsity if other_lod > lod else other == sparsity
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RunCli
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+
+from .conftest import RunCli
 
 CASES: dict[str, list[str]] = {
     "magnitude_0.5": ["--method", "magnitude", "--allocation", "uniform", "--sparsity", "0.5"],
@@ -99,7 +100,7 @@ def test_every_module_has_the_published_sparsity(case: str, pruned: Callable[[st
         for index, block in enumerate(made.manifest["blocks"])
         for linear in block["linears"]
     }
-    assert achieved == pytest.approx(made.results["module_sparsity"], abs=1e-3 if "sparsegpt" in case else 1e-9)
+    assert achieved == pytest.approx(made.results["module_sparsity"], abs=1e-3 if "sparsegpt" in case else 1e-7)
     assert made.manifest["sparsity_achieved"] == pytest.approx(made.results["global_sparsity"], abs=1e-4)
 
 

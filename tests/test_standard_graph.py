@@ -114,7 +114,8 @@ class Runner:
 
 
 def positions_of(mask: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+    positions: NDArray[np.int64] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return positions
 
 
 def torch_logits(model: PreTrainedModel, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -199,7 +200,7 @@ def test_weights_stored_in_bfloat16_and_in_shards_become_fp32(tmp_path: Path) ->
     out.mkdir()
     write_standard(checkpoint, out)
     ids, mask = sample(1, 12)
-    expected = torch_logits(model.float(), ids, mask)
+    expected = torch_logits(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), ids, mask)
     assert np.abs(Runner(out / "model.onnx").logits(ids, mask, []) - expected).max() < 1e-4
 
 

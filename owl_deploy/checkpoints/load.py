@@ -66,16 +66,22 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
         with _quiet_transformers():
             if source.is_gguf:
                 gguf.read_metadata(source.path)
-                model = AutoModelForCausalLM.from_pretrained(
-                    source.path.parent, gguf_file=source.path.name, dtype=dtype or torch.float32
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    source.path.parent,
+                    gguf_file=source.path.name,
+                    dtype=dtype or torch.float32,
+                    output_loading_info=True,
                 )
             else:
-                model = AutoModelForCausalLM.from_pretrained(
-                    source.path, config=load_config(source.path), dtype=dtype or "auto"
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    source.path, config=load_config(source.path), dtype=dtype or "auto", output_loading_info=True
                 )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+        raise UserError(f"{source.name}: lacks {count} of the model's weights, {first} among them; fetch it again")
     model.config._name_or_path = source.name  # transformers puts the path of a temporary directory there
     model.requires_grad_(False)
     return model.eval()
@@ -90,6 +96,8 @@ def load_config(directory: Path) -> Any:
         UserError: the rotary settings differ by layer type, which 4.57's config cannot say.
     """
     config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'}: is not the config of a model; fetch the model again")
     parameters = config.get("rope_parameters")
     overrides: dict[str, Any] = {}
     if parameters is not None and "rope_theta" not in config:
@@ -116,7 +124,10 @@ def check_weight_files(directory: Path) -> None:
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        try:
+            shards = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: is not an index of weights; fetch the model again") from error
     else:
         shards = sorted(directory.glob("*.safetensors"))
     for shard in shards:

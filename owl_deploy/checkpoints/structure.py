@@ -65,13 +65,16 @@ def _is_block_list(module: nn.Module) -> bool:
 
 
 def _refuse_hidden_weights(family: str, block_name: str, block: nn.Module) -> None:
+    largest = max((part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear)), default=0)
     for path, module in block.named_modules():
         if isinstance(module, Conv1D):
             raise UserError(
                 f"{family}: {block_name}.{path} is a Conv1D (transposed weights, GPT-2 style), which is not supported"
             )
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+            # DBRX stacks its experts into one matrix. Smaller ones are no experts: Mamba's A_log, for example.
+            stacked = parameter.ndim == 2 and parameter.numel() > largest
+            if (parameter.ndim == 3 or stacked) and not isinstance(module, nn.Conv1d | nn.Embedding):
                 raise UserError(
                     f"{family}: {block_name}.{path}.{name} holds fused experts in one tensor, which is not supported"
                 )

@@ -72,7 +72,7 @@ def bench(
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
     from owl_deploy.bench.sweep import make_levels, parse_sparsities
     from owl_deploy.checkpoints.source import resolve_model
-    from owl_deploy.engines.registry import engine_spec
+    from owl_deploy.engines.registry import installed_engines
     from owl_deploy.pruning.plan import PruningPlan
     from owl_deploy.pruning.run import Calibration
     from owl_deploy.report.tables import terminal_table
@@ -80,7 +80,7 @@ def bench(
     if bool(bundles) == (sweep is not None):
         raise UserError("give either bundles to measure, or a model with --sweep")
     reporter = Reporter(quiet=quiet)
-    specs = [engine_spec(name.strip()) for name in engines.split(",")]
+    specs = installed_engines(engines)
     options.use_threads(threads)
     paths = list(bundles or ())
     if sweep is not None:

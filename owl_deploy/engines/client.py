@@ -74,9 +74,13 @@ class EngineProcess:
         self.load_ms = answer["load_ms"]
         return answer
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def measure_memory(self) -> None:
         """Update `memory_bytes`."""
-        self.memory_bytes = psutil.Process(self._process.pid).memory_info().rss
+        self.memory_bytes = psutil.Process(self.pid).memory_info().rss
 
     def ask(self, *, timeout_s: float = REQUEST_TIMEOUT_S, **request: Any) -> Any:
         """Send one request and wait for its answer.

@@ -40,14 +40,15 @@ class DeepSparseEngine:
         self._graphs = StaticGraphs(graph, total=_sequence_length(context))
         if self._graphs.counts_positions:
             raise UserError(
-                f"{graph}: has no position_ids input, so its positions go wrong with the fixed shapes DeepSparse needs; "
-                "run it on onnxruntime"
+                f"{graph}: no position_ids input, and DeepSparse's fixed shapes would give every token a wrong "
+                "position; run it on onnxruntime"
             )
         self._context = context
         self._threads = threads
         # With a traced graph (OPT, GPT-NeoX, Gemma) its internal cache ends the process.
         built = self._graphs.query_groups is not None
         self._cache: _Cache = _InternalCache(self._graphs) if built else _ExternalCache(self._graphs)
+        self._cache.clear()
         pieces = {piece for prompt in prompts for piece in _pieces(prompt, self._graphs.total)}
         self._engines = {piece: self._compile(piece) for piece in sorted(pieces | {1})}
         self._length = 0
@@ -73,6 +74,7 @@ class DeepSparseEngine:
         """
         self._cache.clear()
         self._length = 0
+        self._check_room(len(ids))  # before `_pieces`, whose promise ends with the context
         pieces = _pieces(len(ids), self._graphs.total)
         ends = np.cumsum(pieces)
         logits = [self._append(ids[end - piece : end]) for piece, end in zip(pieces, ends, strict=True)]
@@ -90,8 +92,7 @@ class DeepSparseEngine:
     def _append(self, ids: TokenIds) -> Logits:
         """Run one piece of the sequence; the logits of its tokens, [L, vocab]."""
         new, past = len(ids), self._length
-        if not 0 < new <= self._context - past:
-            raise ValueError(f"{new} tokens after {past} do not fit a context of {self._context}")
+        self._check_room(new)
         engine = self._engine(new)
         feed = {
             "input_ids": np.ascontiguousarray(ids[None]),
@@ -102,6 +103,10 @@ class DeepSparseEngine:
         logits: Logits = self._cache.run(engine, [feed[name] for name in engine.input_names])[0]
         self._length = past + new
         return logits
+
+    def _check_room(self, new: int) -> None:
+        if not 0 < new <= self._context - self._length:
+            raise ValueError(f"{new} tokens after {self._length} do not fit a context of {self._context}")
 
     def _visibility(self, past: int, new: int) -> dict[str, NDArray[Any]]:
         """Which slots of the right-aligned sequence hold tokens, and which of these each new token may look at."""

@@ -42,11 +42,15 @@ class Environment:
     def interpreter(self) -> Path:
         return self.directory / "bin" / "python"
 
+    def is_installable(self) -> bool:
+        """Whether there is a Python to make it with."""
+        return find_python(self.pythons) is not None
+
     def problem(self) -> str | None:
         """Why the environment cannot be used, and what to do; None if it can."""
         if self.is_ready():
             return None
-        if find_python(self.pythons) is None:
+        if not self.is_installable():
             return f"needs Python {self.pythons[0]} (or {', '.join(self.pythons[1:])}), which is not on PATH"
         return f"not installed; run: owl-deploy engines install {self.name}"
 

@@ -60,6 +60,20 @@ ENGINES = {
 }
 
 
+def installed_engines(names: str) -> list[EngineSpec]:
+    """The engines of a comma-separated list. One that cannot be had on this machine stays in: its rows will say so.
+
+    Raises:
+        UserError: an engine is unknown, or could be installed and is not.
+    """
+    specs = [engine_spec(name.strip()) for name in names.split(",")]
+    for spec in specs:
+        environment = spec.environment
+        if environment is not None and not environment.is_ready() and environment.is_installable():
+            raise UserError(f"engine {spec.name}: {environment.problem()}")
+    return specs
+
+
 def engine_spec(name: str) -> EngineSpec:
     """The engine called `name`.
 

@@ -7,13 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UnsupportedFamily, UserError
 
 _SHOWN_LINES = 5
-
-
-class UnsupportedFamily(UserError):
-    """The exporter of a flavor does not know the model's family."""
 
 
 def write_genai(checkpoint: Path, out: Path, *, has_tokenizer: bool) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.protocol import Logits, TokenIds
-from owl_deploy.errors import CheckFailed
+from owl_deploy.errors import CheckFailed, UnsupportedFamily
 from owl_deploy.pruning.manifest import Record
 
 TOLERANCE = 1e-2  # of a logit
@@ -49,9 +49,17 @@ def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRe
 
     Raises:
         CheckFailed: see `compare`.
+        UnsupportedFamily: ONNX Runtime cannot run the graph (GroupQueryAttention wants heads of 16, 32, … elements).
     """
-    engine = OnnxRuntimeEngine(graph, threads=torch.get_num_threads(), context=len(ids))
-    return compare(reference_logits(model, ids), *engine_logits(engine, ids), what=f"{graph.parent.name}/{graph.name}")
+    try:
+        engine = OnnxRuntimeEngine(graph, threads=torch.get_num_threads(), context=len(ids))
+        at_once, decoded = engine_logits(engine, ids)
+    except Exception as error:  # its exceptions have no base of their own
+        reason = str(error).strip().splitlines()[0].partition("Status Message: ")
+        raise UnsupportedFamily(
+            f"{graph.parent.name}: ONNX Runtime cannot run this model's graph ({reason[2] or reason[0]})"
+        ) from error
+    return compare(reference_logits(model, ids), at_once, decoded, what=f"{graph.parent.name}/{graph.name}")
 
 
 def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) -> ParityRecord:

@@ -17,7 +17,7 @@ from owl_deploy.checkpoints.load import context_length, load_config, load_model,
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.checkpoints.structure import find_blocks
 from owl_deploy.engines.protocol import TokenIds
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.export.audit import audit_graph
 from owl_deploy.export.bundle import (
     GRAPH,
@@ -29,7 +29,7 @@ from owl_deploy.export.bundle import (
     exporter_versions,
     read_bundle,
 )
-from owl_deploy.export.genai import UnsupportedFamily, write_genai
+from owl_deploy.export.genai import write_genai
 from owl_deploy.export.names import Flavor
 from owl_deploy.export.parity import check_parity
 from owl_deploy.export.standard import write_standard
@@ -83,6 +83,7 @@ def export_checkpoint(
                     raise
                 reporter.warn(str(error))
                 unsupported[flavor] = str(error)
+                shutil.rmtree(staging / flavor)
         if not records:
             raise UserError(f"{checkpoint}: no exporter knows this family: {'; '.join(unsupported.values())}")
         manifest = BundleManifest(

@@ -119,6 +119,8 @@ def _prune_linear(
 ) -> LinearRecord:
     """Prune one linear whose weight is in fp32, rounding what is kept to the checkpoint's `dtype`."""
     weight, dampening = linear.weight, None
+    if not weight.isfinite().all():
+        raise UserError(f"{name}: holds NaN or infinite weights; fetch the model again")
     if statistics is None:
         weight = weight.masked_fill(magnitude_mask(weight, sparsity, plan.pattern), 0)
     elif plan.method == "wanda":

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from owl_deploy.errors import UserError
+
 
 class LastLinearReached(Exception):
     """All inputs of a block have been seen: the rest of its forward pass can be skipped."""
@@ -59,17 +61,32 @@ class InputStatistics:
             self._last_linear = self._calls[-1]
 
     def mean_square(self, name: str) -> torch.Tensor:
-        """`s_j`: the sum over tokens of `x_j ** 2`, over the number of sequences; [in]. Needs `gram=False`."""
+        """`s_j`: the sum over tokens of `x_j ** 2`, over the number of sequences; [in]. Needs `gram=False`.
+
+        Raises:
+            UserError: the inputs hold NaN or infinities.
+        """
         mean = self._of(name)
         return torch.ones(self._linears[name].in_features) if mean is None else mean
 
     def hessian(self, name: str) -> torch.Tensor:
-        """`H = 2 X^T X`, over the number of sequences; [in, in]. Needs `gram=True`."""
+        """`H = 2 X^T X`, over the number of sequences; [in, in]. Needs `gram=True`.
+
+        Raises:
+            UserError: the inputs hold NaN or infinities.
+        """
         mean = self._of(name)
         return torch.eye(self._linears[name].in_features) if mean is None else mean
 
     def _of(self, name: str) -> torch.Tensor | None:
-        return self._means[self._leader[name]] if name in self._leader else None
+        if name not in self._leader:
+            return None
+        mean = self._means[self._leader[name]]
+        if not mean.isfinite().all():
+            raise UserError(
+                f"{name}: the calibration text makes its inputs NaN or infinite; check the model's weights"
+            )
+        return mean
 
     def _hook(self, name: str) -> Any:
         def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

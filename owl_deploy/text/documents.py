@@ -61,6 +61,7 @@ def _column(spec: str, **arguments: Any) -> list[str]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     try:
         rows = datasets.load_dataset(**arguments)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise

@@ -1,0 +1,274 @@
+"""Sweeps and benchmarks through the command: rows that can be recomputed from their samples, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owl_deploy.bench import measure
+from owl_deploy.bench.rows import Row, read_rows
+from owl_deploy.bench.sweep import parse_sparsities
+from owl_deploy.engines.registry import ENGINES
+from owl_deploy.errors import UserError
+
+from .conftest import Ran, RunCli
+
+REQUIRED = (
+    "engine flavor weights threads sparsity_asked sparsity_achieved perplexity ttft_ms_p50 decode_ms_p50 decode_ms_p90 "
+    "decode_ms_p99 decode_tokens_per_s speedup_same_engine speedup_fastest_dense peak_rss_bytes file_bytes "
+    "load_average samples_ms"
+).split()
+WORKLOAD = ("--prompt", 24, "--new-tokens", 8, "--threads", 1, "--max-load", 99)
+
+
+def sweep(run_cli: RunCli, out: Path, model: Path, reference: Path, *more: object) -> Ran:
+    return run_cli(
+        *("bench", "--sweep", model, "--sparsities", "0,0.5", "-o", out, *WORKLOAD, "--json"),
+        *("--calibration", reference / "tiny_calib.npy", "--text", reference / "tiny_eval.npy", "--seqlen", 64),
+        *more,
+    )
+
+
+def rows_of(ran: Ran) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench") / "out"
+
+
+@pytest.fixture
+def swept(out: Path, run_cli: RunCli, tiny_llama: Path, reference: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep over 0 and 50% in two rounds; made once, then found again."""
+    ran = sweep(run_cli, out, tiny_llama, reference, "--repetitions", 2)
+    assert ran.code == 0
+    return rows_of(ran)
+
+
+def test_a_sweep_gives_a_row_per_level_with_every_promised_field(swept: list[dict[str, Any]]) -> None:
+    assert [(row["engine"], row["sparsity_asked"]) for row in swept] == [("onnxruntime", 0.0), ("onnxruntime", 0.5)]
+    for row in swept:
+        assert row["status"] == "ok"
+        assert all(row[name] is not None for name in REQUIRED)
+
+
+def test_rows_on_stdout_are_those_in_the_file(swept: list[dict[str, Any]], out: Path) -> None:
+    assert [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] == swept
+    assert all(isinstance(row, Row) for row in read_rows(out / "results.jsonl"))
+    assert {"report.md", "results.csv", "speedup.png"} <= {file.name for file in out.iterdir()}
+
+
+def test_figures_can_be_recomputed_from_the_samples(swept: list[dict[str, Any]]) -> None:
+    dense, sparse = (row["samples_ms"] for row in swept)
+    for row in swept:
+        decode = [value for samples in row["samples_ms"]["decode"] for value in samples]
+        assert len(decode) == 2 * 7
+        assert row["decode_ms_p50"] == pytest.approx(statistics.median(decode))
+        assert row["ttft_ms_p50"] == pytest.approx(statistics.median(row["samples_ms"]["ttft"]))
+        assert row["decode_tokens_per_s"] == pytest.approx(1e3 * len(decode) / sum(decode))
+    ratios = [
+        statistics.median(before) / statistics.median(after)
+        for before, after in zip(dense["decode"], sparse["decode"], strict=True)
+    ]
+    assert swept[1]["speedup_same_engine"] == pytest.approx(statistics.median(ratios))
+    assert swept[0]["speedup_same_engine"] == 1.0
+
+
+def test_perplexity_in_the_engine_is_that_of_torch(
+    swept: list[dict[str, Any]], out: Path, reference: Path, run_cli: RunCli
+) -> None:
+    for row, level in zip(swept, ("0", "0.5"), strict=True):
+        ran = run_cli(
+            *("evaluate", out / level / "checkpoint", "--text", reference / "tiny_eval.npy", "--seqlen", 64, "--json")
+        )
+        assert row["perplexity"] == pytest.approx(json.loads(ran.stdout)["perplexity"], rel=1e-3)
+
+
+def test_what_was_measured_is_not_measured_again_and_more_rounds_are_added(
+    swept: list[dict[str, Any]], out: Path, tiny_llama: Path, reference: Path, run_cli: RunCli
+) -> None:
+    log = out / "measurements.jsonl"
+    before = log.read_text()
+    assert (
+        rows_of(sweep(run_cli, out, tiny_llama, reference, "--repetitions", 2))[0]["samples_ms"]
+        == (swept[0]["samples_ms"])
+    )
+    assert log.read_text() == before
+    log.write_text(before + '{"kind": "round", "key": "cut sho')  # a kill while a line was written
+    rows = rows_of(sweep(run_cli, out, tiny_llama, reference, "--repetitions", 3))
+    assert rows[0]["samples_ms"]["decode"][:2] == swept[0]["samples_ms"]["decode"]
+    assert [row["repetitions"] for row in rows] == [3, 3]
+
+
+def test_a_model_without_text_is_measured_on_random_tokens_without_perplexity(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli
+) -> None:
+    assert swept
+    ran = run_cli("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
+    assert ran.code == 0
+    (row,) = rows_of(ran)
+    assert row["perplexity"] is None
+    assert row["decode_ms_p50"] > 0
+
+
+def test_an_engine_that_fails_is_a_row_that_says_so(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker's module does not exist: the process answers, and the other engine goes on."""
+    assert swept
+    broken = measure.engine_spec("onnxruntime")
+    broken = type(broken)(**{**vars(broken), "name": "broken", "module": "owl_deploy.engines.none"})
+    monkeypatch.setitem(ENGINES, "broken", broken)
+    run = ("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
+    ran = run_cli(*run, "--engines", "broken,onnxruntime")
+    assert ran.code == 0
+    failed, working = rows_of(ran)
+    assert failed["status"] == "failed"
+    assert "owl_deploy.engines.none" in failed["error"]
+    assert working["status"] == "ok"
+    assert run_cli(*run, "--engines", "broken").code == 1
+
+
+def test_an_engine_that_computes_something_else_is_not_timed(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime under another name, asked for the logits of a sparser model than it is compared with."""
+    assert swept
+    other = measure.engine_spec("onnxruntime")
+    monkeypatch.setitem(ENGINES, "other", type(other)(**{**vars(other), "name": "other"}))
+    compare = measure.compare
+    monkeypatch.setattr(measure, "compare", lambda expected, *rest, what: compare(expected + 1, *rest, what=what))
+    ran = run_cli(
+        *("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json"),
+        *("--engines", "other"),
+    )
+    assert ran.code == 1
+    (row,) = rows_of(ran)
+    assert "logits differ" in row["error"]
+    assert row["samples_ms"]["decode"] == []
+
+
+def test_a_busy_machine_is_refused(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert swept
+    monkeypatch.setattr(measure, "busy_cores", lambda _: 1.7)
+    ran = run_cli(
+        *("bench", out / "0" / "bundle", "-o", tmp_path / "out", "--prompt", 8, "--new-tokens", 4, "--threads", 1)
+    )
+    assert ran.code == 2
+    assert "1.7 cores busy" in ran.stderr
+    assert "--max-load" in ran.stderr
+
+
+# -------------------- bad input
+
+
+def test_a_corrupted_graph_is_refused(out: Path, swept: list[dict[str, Any]], run_cli: RunCli, tmp_path: Path) -> None:
+    assert swept
+    bundle = tmp_path / "bundle"
+    shutil.copytree(out / "0.5" / "bundle", bundle)
+    weights = bundle / "genai" / "model.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    ran = run_cli("bench", bundle, "-o", tmp_path / "results")
+    assert ran.code == 2
+    assert "model.onnx.data" in ran.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", 120, "--new-tokens", 20), "context of 128"),
+        (("--threads", 4096), "may use"),
+        (("--prompt", 8, "--new-tokens", 8, "--text", "missing.npy"), "no such file"),
+        (("--engines", "onnxruntime,nonesuch"), "unknown"),
+    ],
+)
+def test_a_workload_that_cannot_be_run_is_refused(
+    options: tuple[object, ...],
+    message: str,
+    out: Path,
+    swept: list[dict[str, Any]],
+    run_cli: RunCli,
+    tmp_path: Path,
+) -> None:
+    assert swept
+    ran = run_cli("bench", out / "0" / "bundle", "-o", tmp_path / "results", *options)
+    assert ran.code == 2
+    assert message in ran.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_directory_that_is_not_a_bundle_is_refused(tmp_path: Path, run_cli: RunCli) -> None:
+    ran = run_cli("bench", tmp_path, "-o", tmp_path / "results")
+    assert ran.code == 2
+    assert "not an export bundle" in ran.stderr
+
+
+def test_bundles_and_a_sweep_together_are_refused(tmp_path: Path, run_cli: RunCli) -> None:
+    assert run_cli("bench", tmp_path, "--sweep", "demo").code == 2
+    assert run_cli("bench").code == 2
+
+
+def test_sparsities_are_a_range_with_both_ends_or_a_list() -> None:
+    assert parse_sparsities("0:0.9:0.1") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert parse_sparsities("0.7,0,0.5") == [0, 0.5, 0.7]
+
+
+@pytest.mark.parametrize("text", ["", "0:1:0.1", "0:0.9", "0:0.9:0", "0:0.9:-0.1", "-0.1", "nan", "half", "0:0.9:1e-9"])
+def test_other_sparsities_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--sparsities"):
+        parse_sparsities(text)
+
+
+# -------------------- DeepSparse
+
+
+@pytest.mark.deepsparse
+def test_deepsparse_agrees_with_onnx_runtime_and_torch(
+    tiny_llama: Path, reference: Path, tmp_path: Path, run_cli: RunCli, deepsparse_python: Path
+) -> None:
+    assert deepsparse_python.is_file()
+    rows = rows_of(
+        sweep(
+            *(run_cli, tmp_path / "out", tiny_llama, reference),
+            *("--engines", "deepsparse,onnxruntime", "--repetitions", 2),
+        )
+    )
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    for deepsparse, onnxruntime in zip(rows[:2], rows[2:], strict=True):
+        assert deepsparse["perplexity"] == pytest.approx(onnxruntime["perplexity"], rel=1e-3)
+        assert deepsparse["parity"]["max_abs_difference"] < 1e-2
+        assert min(deepsparse["engine_facts"]["fraction_of_supported_ops"].values()) > 0.5
+
+
+@pytest.mark.smollm2
+@pytest.mark.deepsparse
+def test_the_main_job_on_the_real_model_with_both_engines(
+    smollm2_dense: Path, deepsparse_python: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    assert deepsparse_python.is_file()
+    ran = run_cli(
+        *("bench", "--sweep", smollm2_dense, "--sparsities", "0,0.7", "--engines", "onnxruntime,deepsparse"),
+        *("--calibration", "demo", "--samples", 8, "--calibration-seqlen", 256, "--text", "demo", "--windows", 2),
+        *("--prompt", 256, "--new-tokens", 16, "--repetitions", 2, "--max-load", 99, "-o", tmp_path / "out", "--json"),
+    )
+    assert ran.code == 0
+    rows = rows_of(ran)
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    for index, level in enumerate(("0", "0.7")):
+        ran = run_cli(
+            *("evaluate", tmp_path / "out" / level / "checkpoint", "--text", "demo", "--seqlen", 256, "--windows", 2),
+            "--json",
+        )
+        in_torch = json.loads(ran.stdout)["perplexity"]
+        for row in (rows[index], rows[2 + index]):
+            assert row["perplexity"] == pytest.approx(in_torch, rel=1e-3)
+            assert row["sparsity_achieved"] == pytest.approx(float(level), abs=2e-3)
