@@ -18,11 +18,26 @@ from owl_deploy.errors import UserError
 
 from .conftest import Ran, RunCli
 
-REQUIRED = (
-    "engine flavor weights threads sparsity_asked sparsity_achieved perplexity ttft_ms_p50 decode_ms_p50 decode_ms_p90 "
-    "decode_ms_p99 decode_tokens_per_s speedup_same_engine speedup_fastest_dense peak_rss_bytes file_bytes "
-    "load_average samples_ms"
-).split()
+REQUIRED = [
+    "engine",
+    "flavor",
+    "weights",
+    "threads",
+    "sparsity_asked",
+    "sparsity_achieved",
+    "perplexity",
+    "ttft_ms_p50",
+    "decode_ms_p50",
+    "decode_ms_p90",
+    "decode_ms_p99",
+    "decode_tokens_per_s",
+    "speedup_same_engine",
+    "speedup_fastest_dense",
+    "peak_rss_bytes",
+    "file_bytes",
+    "load_average",
+    "samples_ms",
+]
 WORKLOAD = ("--prompt", 24, "--new-tokens", 8, "--threads", 1, "--max-load", 99)
 
 

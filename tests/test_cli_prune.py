@@ -171,6 +171,18 @@ def test_the_seed_chooses_the_calibration_windows(
     assert len(hashes) == 2
 
 
+def test_token_ids_are_cut_into_windows_from_rows_or_from_one_line(
+    run_cli: RunCli, tiny_llama: Path, calibration: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "line.npy", np.load(calibration).reshape(-1))
+    rows = []
+    for path in (calibration, tmp_path / "line.npy"):
+        ran = run_cli("evaluate", tiny_llama, "--text", path, "--seqlen", 32, "--windows", 3, "--json")
+        rows.append(json.loads(ran.stdout))
+    assert (rows[0]["windows"], rows[0]["seqlen"]) == (3, 32)
+    assert rows[0]["text_sha256"] == rows[1]["text_sha256"]
+
+
 def test_the_tokenizer_comes_along(
     run_cli: RunCli, tiny_with_tokenizer: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -117,7 +117,8 @@ def _tokens_seen_by_the_last(mask: torch.Tensor | None) -> int:
     if mask is None:
         return IDS.shape[1]  # the attention is causal by itself
     last = mask[0, 0, -1]
-    return int(last.sum() if last.dtype == torch.bool else (last == 0).sum())
+    seen = last if last.dtype == torch.bool else last == 0
+    return int(seen.sum())
 
 
 def test_statistics_of_a_bf16_model_are_those_of_its_weights_in_fp32(tiny_model: TinyModel) -> None:

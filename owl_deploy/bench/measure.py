@@ -1,7 +1,8 @@
 """Measure engines on bundles: checked first, then timed in interleaved rounds, every sample kept.
 
-All measurements of a run go to `measurements.jsonl` as they are made, so that a killed run loses at most the
-round it was in. Ratios are taken within a round, where all configurations met the same machine.
+A round times every engine on one bundle and, for comparison, on the dense one: ratios are taken within a round,
+where all met the same machine. Measurements go to `measurements.jsonl` as they are made, so that a killed run loses
+at most the round it was in.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ MEASUREMENTS = "measurements.jsonl"
 PARITY_TOKENS = 64
 _WARM_UP_TOKENS = 8
 _QUIET_S = 0.5  # how long the machine is watched while every engine is paused
-_MEMORY_SHARE = 0.6  # of what was free: idle engines stay loaded as long as they fit in it
+_MEMORY_SHARE = 0.7  # of what was free: idle engines stay loaded as long as they fit in it
 
 
 @dataclass(frozen=True)
@@ -138,35 +140,25 @@ class Bench:
         self._reporter = reporter
         self._errors: dict[str, str] = {}
         self._idle: dict[str, EngineProcess] = {}
-        self._idle_bytes = 0
+        self._load_before = self._other_load = 0.0
         self._budget_bytes = int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
     def run(self) -> None:
-        """Check and time every configuration that the log does not hold yet.
+        """Check and time every configuration, as far as the log does not hold it yet.
 
         Raises:
             UserError: the machine is busy with other work.
         """
-        missing = [item for item in self.configurations if self.setup(item) is None]
-        for configuration in self._reporter.track(missing, "checking engines") if missing else ():
-            with self._failures_of(configuration):
-                self._check(configuration)
-        rounds = [number for number in range(self._workload.repetitions) if not self._is_complete(number)]
+        steps = [step for group in self._groups() for step in self._missing_steps(group)]
         try:
-            # With the first try of every configuration in it, the bar's time left is of the right size.
-            steps = [(number, item) for number in rounds for item in self.configurations]
-            for number, configuration in self._reporter.track(steps, "timing") if steps else ():
-                if configuration is self.configurations[0]:
-                    self._wait_for_quiet(first=number == rounds[0])
-                if configuration.name not in self._errors:
-                    with self._failures_of(configuration):
-                        self._time(configuration, number)
+            for step in self._reporter.track(steps, "measuring") if steps else ():
+                step()
         finally:
             for process in self._idle.values():
                 process.close()
 
     def setup(self, configuration: Configuration) -> dict[str, Any] | None:
-        """Facts, load time, perplexity and parity of a configuration; None if it failed."""
+        """Facts, perplexity and parity of a configuration; None if it failed."""
         entries = self._log.of(configuration.key(self._workload), "setup")
         return entries[-1] if entries else None
 
@@ -174,13 +166,39 @@ class Bench:
         """Why a configuration could not be measured."""
         return self._errors.get(configuration.name)
 
-    def rounds(self, configuration: Configuration) -> dict[int, dict[str, Any]]:
-        """The samples of each round, by its number."""
+    def rounds(self, configuration: Configuration) -> dict[str, dict[str, Any]]:
+        """The samples of each round the configuration was in, by the round's name."""
+        wanted = {name for group in self._groups() for name in self._round_names(group)}
         entries = self._log.of(configuration.key(self._workload), "round")
-        return {entry["round"]: entry for entry in entries if entry["round"] < self._workload.repetitions}
+        return {entry["round"]: entry for entry in entries if entry["round"] in wanted}
 
-    def _is_complete(self, number: int) -> bool:
-        return all(number in self.rounds(configuration) for configuration in self.configurations)
+    def _groups(self) -> list[list[Configuration]]:
+        """What is timed in one round: the engines on one bundle, and again on the dense one they are compared with.
+
+        Few enough to stay loaded together, which all levels of a sweep would not.
+        """
+        bundles = list(dict.fromkeys(item.bundle for item in self.configurations))
+        of_bundle = {bundle: [item for item in self.configurations if item.bundle == bundle] for bundle in bundles}
+        dense = next((bundle for bundle in bundles if of_bundle[bundle][0].manifest.is_dense), None)
+        others = [bundle for bundle in bundles if bundle != dense]
+        baseline = of_bundle[dense] if dense else []
+        return [baseline + of_bundle[bundle] for bundle in others] or [baseline]
+
+    def _round_names(self, group: list[Configuration]) -> list[str]:
+        level = group[-1].manifest.checkpoint_sha256[:12]
+        return [f"{level} {number}" for number in range(self._workload.repetitions)]
+
+    def _missing_steps(self, group: list[Configuration]) -> list[Callable[[], None]]:
+        """What is left to do for a group, in order. A round that was cut short is measured anew, all of it."""
+        names = [name for name in self._round_names(group) if not all(name in self.rounds(item) for item in group)]
+        if not names:
+            return []
+        checks = [partial(self._check, item) for item in group if self.setup(item) is None]
+        rounds: list[Callable[[], None]] = []
+        for name in names:
+            rounds.append(partial(self._wait_for_quiet, first=name == names[0]))
+            rounds += [partial(self._time, item, name) for item in group]
+        return [*checks, *rounds, partial(self._unload, group[-1].bundle)]
 
     @contextlib.contextmanager
     def _failures_of(self, configuration: Configuration) -> Iterator[None]:
@@ -192,28 +210,24 @@ class Bench:
             self._reporter.warn(f"{configuration.name}: {error}")
 
     def _check(self, configuration: Configuration) -> None:
-        """Load once to see that the engine computes what ONNX Runtime computes, and at what perplexity.
-
-        In a process of its own: the timed one shall hold nothing but what the workload needs.
-        """
+        """See that the engine computes what ONNX Runtime computes, and at what perplexity."""
+        if configuration.name in self._errors:  # as part of another group
+            return
         workload = self._workload
-        with EngineProcess(configuration.spec, workload.threads) as process:
-            loaded = process.load(
-                configuration.graph, threads=workload.threads, context=workload.context, prompts=workload.prompts
-            )
+        with self._failures_of(configuration), self._loaded(configuration) as process:
             parity = self._parity(configuration, process)
             perplexity = None
             if workload.windows is not None:
                 losses = [process.ask(do="loss", ids=window.tolist()) for window in workload.windows]
                 perplexity = perplexity_of(losses)
-        self._log.append(
-            kind="setup",
-            key=configuration.key(workload),
-            name=configuration.name,
-            facts=loaded["facts"],
-            perplexity=perplexity,
-            parity=parity.model_dump(),
-        )
+            self._log.append(
+                kind="setup",
+                key=configuration.key(workload),
+                name=configuration.name,
+                facts=process.facts,
+                perplexity=perplexity,
+                parity=parity.model_dump(),
+            )
 
     def _parity(self, configuration: Configuration, process: EngineProcess) -> ParityRecord:
         """ONNX Runtime's own agreement with torch is the bundle's; any other engine is compared with it.
@@ -244,46 +258,52 @@ class Bench:
                 raise UserError(f"{message}; stop them, or allow it with --max-load")
             self._reporter.warn(message)
 
-    def _time(self, configuration: Configuration, number: int) -> None:
+    def _time(self, configuration: Configuration, round_name: str) -> None:
         """One generation, in a process that was warmed up and meets no other engine of ours at work."""
+        if configuration.name in self._errors:
+            return
+        workload = self._workload
+        with self._failures_of(configuration), self._loaded(configuration) as process:
+            samples = process.ask(do="generate", prompt=workload.prompt, new_tokens=workload.new_tokens)
+            self._log.append(
+                kind="round",
+                key=configuration.key(workload),
+                name=configuration.name,
+                round=round_name,
+                load_ms=process.load_ms,
+                load_average=[self._load_before, load_average()],
+                other_load_cores=self._other_load,
+                **samples,
+            )
+
+    @contextlib.contextmanager
+    def _loaded(self, configuration: Configuration) -> Iterator[EngineProcess]:
+        """The configuration's process, loaded and warm; afterwards paused, or ended if memory is short."""
         workload = self._workload
         process = self._idle.pop(configuration.name, None)
-        if process is None:
-            process = EngineProcess(configuration.spec, workload.threads)
-        else:
-            process.resume()
-            self._idle_bytes -= process.memory_bytes
         try:
-            if process.load_ms is None:
+            if process is None:
+                process = EngineProcess(configuration.spec, workload.threads)
                 process.load(
-                    configuration.graph,
-                    threads=workload.threads,
-                    context=len(workload.prompt) + workload.new_tokens,
-                    prompts=[len(workload.prompt)],
+                    configuration.graph, threads=workload.threads, context=workload.context, prompts=workload.prompts
                 )
                 process.ask(do="generate", prompt=workload.prompt, new_tokens=_WARM_UP_TOKENS)
-            samples = process.ask(do="generate", prompt=workload.prompt, new_tokens=workload.new_tokens)
+            else:
+                process.resume()
+            yield process
+            process.measure_memory()
         except BaseException:
-            process.close()
+            if process is not None:
+                process.close()
             raise
-        self._log.append(
-            kind="round",
-            key=configuration.key(workload),
-            name=configuration.name,
-            round=number,
-            load_ms=process.load_ms,
-            load_average=[self._load_before, load_average()],
-            other_load_cores=self._other_load,
-            **samples,
-        )
-        self._keep_or_close(configuration.name, process)
-
-    def _keep_or_close(self, name: str, process: EngineProcess) -> None:
-        """Keep the process, paused, for the next round if memory allows; those kept stay, so that some always do."""
-        process.measure_memory()
-        if self._idle_bytes + process.memory_bytes > self._budget_bytes:
+        if process.memory_bytes + sum(idle.memory_bytes for idle in self._idle.values()) > self._budget_bytes:
             process.close()
-            return
-        process.pause()
-        self._idle[name] = process
-        self._idle_bytes += process.memory_bytes
+        else:
+            process.pause()
+            self._idle[configuration.name] = process
+
+    def _unload(self, bundle: Path) -> None:
+        """End the processes of a bundle whose rounds are over."""
+        for configuration in self.configurations:
+            if configuration.bundle == bundle and configuration.name in self._idle:
+                self._idle.pop(configuration.name).close()

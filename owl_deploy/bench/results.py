@@ -15,7 +15,7 @@ from owl_deploy.report.paper import paper_speedup
 
 _UNSTEADY = 1.5  # a round's median over the fastest round's: past this, the cores were shared
 
-Rounds = dict[int, dict[str, Any]]
+Rounds = dict[str, dict[str, Any]]
 
 
 def make_rows(bench: Bench, workload: Workload, machine: Machine) -> list[Row]:
@@ -105,8 +105,8 @@ def _decode_ms(rounds: Rounds) -> float:
 def _speedup(dense: Rounds, rounds: Rounds) -> Spread | None:
     """Median token time of `dense` over that of `rounds`, round by round; None where they share no round."""
     ratios = [
-        statistics.median(dense[number]["decode_ms"]) / statistics.median(rounds[number]["decode_ms"])
-        for number in sorted(dense.keys() & rounds.keys())
+        statistics.median(dense[name]["decode_ms"]) / statistics.median(rounds[name]["decode_ms"])
+        for name in sorted(dense.keys() & rounds.keys())
     ]
     if not ratios:
         return None

@@ -10,12 +10,12 @@ from pydantic import Field, ValidationError
 
 from owl_deploy import __version__
 from owl_deploy.errors import UserError
+from owl_deploy.export.bundle import DENSE_BELOW
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.pruning.manifest import Record
 
 SCHEMA_VERSION = 1
 RESULTS = "results.jsonl"
-_DENSE_BELOW = 0.01  # dequantised checkpoints hold a few exact zeros
 
 
 class Machine(Record):
@@ -68,6 +68,7 @@ class Row(Record):
         peak_rss_bytes: of the engine's own process, load included.
         file_bytes: the graph and its weights.
         parity: of the engine's logits, ONNX Runtime's with torch's, any other's with ONNX Runtime's.
+        repetitions: rounds it was timed in: a dense row, which each level is compared with, in those of every level.
         load_average: 1-minute load before the first and after the last round.
         other_load_cores: cores kept busy by other processes while the engines were idle, at worst of all rounds.
         unsteady: some round's median was over 1.5 times that of the fastest round.
@@ -119,7 +120,7 @@ class Row(Record):
     @property
     def is_dense(self) -> bool:
         """No sparsity was asked of the model, and it has none to speak of."""
-        return not self.sparsity_asked and self.sparsity_achieved < _DENSE_BELOW
+        return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
 
 
 def read_rows(path: Path) -> list[Row]:

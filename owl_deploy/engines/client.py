@@ -33,6 +33,7 @@ class EngineProcess:
 
     Attributes:
         load_ms: what loading took, imports included; None before.
+        facts: what the engine says of itself.
         memory_bytes: its resident memory when last measured.
 
     Raises:
@@ -41,6 +42,7 @@ class EngineProcess:
 
     def __init__(self, spec: EngineSpec, threads: int) -> None:
         self.load_ms: float | None = None
+        self.facts: dict[str, Any] = {}
         self.memory_bytes = 0
         if spec.environment is not None and not spec.environment.is_ready():
             raise UserError(f"engine {spec.name}: {spec.environment.problem()}")
@@ -66,13 +68,10 @@ class EngineProcess:
     ) -> None:
         self.close()
 
-    def load(self, graph: Path, *, threads: int, context: int, prompts: list[int]) -> dict[str, Any]:
-        """Load a graph; the answer holds the engine's `facts`."""
-        answer: dict[str, Any] = self.ask(
-            do="load", graph=str(graph.absolute()), threads=threads, context=context, prompts=prompts
-        )
-        self.load_ms = answer["load_ms"]
-        return answer
+    def load(self, graph: Path, *, threads: int, context: int, prompts: list[int]) -> None:
+        """Load a graph."""
+        answer = self.ask(do="load", graph=str(graph.absolute()), threads=threads, context=context, prompts=prompts)
+        self.load_ms, self.facts = answer["load_ms"], answer["facts"]
 
     @property
     def pid(self) -> int:

@@ -15,6 +15,7 @@ from owl_deploy.pruning.manifest import Record, versions
 
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
+DENSE_BELOW = 0.01  # of all weights: dequantised checkpoints hold a few exact zeros
 
 
 class FileRecord(Record):
@@ -69,6 +70,11 @@ class BundleManifest(Record):
     flavors: dict[Flavor, FlavorRecord]
     unsupported: dict[Flavor, str] = Field(default_factory=dict)
     versions: dict[str, str]
+
+    @property
+    def is_dense(self) -> bool:
+        """No sparsity was asked of the model, and it has none to speak of."""
+        return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
 
 
 def read_bundle(directory: Path) -> BundleManifest:

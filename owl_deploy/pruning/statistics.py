@@ -83,9 +83,7 @@ class InputStatistics:
             return None
         mean = self._means[self._leader[name]]
         if not mean.isfinite().all():
-            raise UserError(
-                f"{name}: the calibration text makes its inputs NaN or infinite; check the model's weights"
-            )
+            raise UserError(f"{name}: the calibration text makes its inputs NaN or infinite; check the model's weights")
         return mean
 
     def _hook(self, name: str) -> Any:
