@@ -9,9 +9,9 @@ export OWL_DEPLOY_ENGINES := $(CURDIR)/.venvs
 export TOKENIZERS_PARALLELISM := false
 
 ifdef QUICK
-DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 8 --new-tokens 64 --repetitions 3 --windows 4
+DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 8 --new-tokens 32 --repetitions 3 --windows 4
 else
-DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 16 --new-tokens 64 --repetitions 5 --windows 8
+DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 8 --new-tokens 48 --repetitions 3 --windows 8
 endif
 
 .PHONY: demo test lint install engines recipe-tools clean

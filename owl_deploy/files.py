@@ -140,8 +140,11 @@ def locked(target: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{target}: in use by another owl-deploy; wait for it or choose another") from error
+            held = lock_path.exists() and os.fstat(lock.fileno()).st_ino == lock_path.stat().st_ino
+        except BlockingIOError:
+            held = False
+        if not held:  # or held on a file that its last holder has just removed
+            raise UserError(f"{target}: in use by another owl-deploy; wait for it or choose another")
         try:
             yield
         finally:

@@ -463,5 +463,6 @@ def test_a_terminated_run_cleans_up(work: Path, writing: subprocess.Popen[str]) 
     stdout, stderr = writing.communicate(timeout=60)
     assert writing.returncode == 130
     assert stdout == ""
+    assert stderr.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in stderr
     assert left(work) == []

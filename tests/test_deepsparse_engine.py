@@ -86,16 +86,13 @@ def onnxruntime_logits(path: Path, ids: NDArray[np.int64]) -> NDArray[np.float32
     ],
 )
 def test_prefill_and_decode_agree_with_onnxruntime(
-    config: PretrainedConfig, internal_cache: bool, tmp_path: Path
+    config: PretrainedConfig, internal_cache: bool, tmp_path: Path, deepsparse_python: Path
 ) -> None:
-    python = os.environ.get("OWL_DEEPSPARSE_PYTHON")
-    if not python:
-        pytest.skip("OWL_DEEPSPARSE_PYTHON does not name the interpreter of DeepSparse's environment")
     path = export(config, tmp_path)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT)
     np.save(tmp_path / "ids.npy", ids)
     finished = subprocess.run(
-        [python, "-c", SCRIPT, str(tmp_path), str(CONTEXT), json.dumps(PROMPTS)],
+        [str(deepsparse_python), "-c", SCRIPT, str(tmp_path), str(CONTEXT), json.dumps(PROMPTS)],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from owl_deploy.checkpoints.load import load_model
@@ -22,7 +23,7 @@ from .conftest import FAMILIES, VOCABULARY, RunCli, TinyModel
 WANDA_OWL = ["--sparsity", "0.5"]
 SPARSEGPT_UNIFORM = ["--sparsity", "0.6", "--method", "sparsegpt", "--allocation", "uniform"]
 LINEARS = {"gpt_neox": 4, "opt": 6, "phi3": 4}  # of each block; 7 in the others
-IDS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 16))
+IDS: NDArray[np.int64] = np.random.default_rng(0).integers(3, VOCABULARY, (4, 16))
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_sliding_windows_reach_only_the_blocks_that_have_them(tiny_model: TinyMo
 
 def _tokens_seen_by_the_last(mask: torch.Tensor | None) -> int:
     if mask is None:
-        return IDS.shape[1]  # the attention is causal by itself
+        return len(IDS[0])  # the attention is causal by itself
     last = mask[0, 0, -1]
     seen = last if last.dtype == torch.bool else last == 0
     return int(seen.sum())

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.bench.machine import busy_cores, load_average
 from owl_deploy.engines.client import EngineFailed, EngineProcess
+from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
@@ -33,7 +34,6 @@ from owl_deploy.pruning.manifest import fingerprint
 from owl_deploy.reporting import Reporter
 
 MEASUREMENTS = "measurements.jsonl"
-PARITY_TOKENS = 64
 _WARM_UP_TOKENS = 8
 _QUIET_S = 0.5  # how long the machine is watched while every engine is paused
 _MEMORY_SHARE = 0.7  # of what was free: idle engines stay loaded as long as they fit in it
@@ -59,7 +59,7 @@ class Workload:
     @property
     def context(self) -> int:
         longest = 0 if self.windows is None else self.windows.shape[1]
-        return max(len(self.prompt) + self.new_tokens, longest)
+        return max(len(self.prompt) + max(self.new_tokens, DECODED_TOKENS), longest)
 
     @property
     def prompts(self) -> list[int]:
@@ -238,7 +238,8 @@ class Bench:
         reference_spec = engine_spec("onnxruntime")
         if configuration.spec == reference_spec:
             return configuration.record.parity
-        ids = list(self._workload.prompt[:PARITY_TOKENS])
+        # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
+        ids = [*self._workload.prompt, *self._workload.prompt[:DECODED_TOKENS]]
         with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
             paths = [str(Path(folder) / name) for name in ("reference.npz", "engine.npz")]
             with EngineProcess(reference_spec, self._workload.threads) as reference:
@@ -246,7 +247,8 @@ class Bench:
                 reference.ask(do="logits", ids=ids, out=paths[0])
             process.ask(do="logits", ids=ids, out=paths[1])
             expected, actual = (np.load(path) for path in paths)
-            return compare(expected["at_once"], actual["at_once"], actual["decoded"], what=configuration.name)
+            both = np.concatenate([expected["at_once"], expected["decoded"]])
+            return compare(both, actual["at_once"], actual["decoded"], what=configuration.name)
 
     def _wait_for_quiet(self, *, first: bool) -> None:
         """Note what else keeps the machine busy while our engines are paused; refuse to begin if it is too much."""

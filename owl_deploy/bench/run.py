@@ -17,6 +17,7 @@ from owl_deploy.bench.results import make_rows
 from owl_deploy.bench.rows import Row
 from owl_deploy.checkpoints.load import load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
 from owl_deploy.export.bundle import BundleManifest, read_bundle
@@ -104,9 +105,10 @@ def _check_files(manifests: dict[Path, BundleManifest]) -> None:
 def _workload(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Request) -> Workload:
     bundle, manifest = next(iter(manifests.items()))
     context = manifest.context
-    if context is not None and request.prompt + request.new_tokens > context:
+    if context is not None and request.prompt + max(request.new_tokens, DECODED_TOKENS) > context:
         raise UserError(
-            f"--prompt {request.prompt} and --new-tokens {request.new_tokens} exceed the model's context of {context}"
+            f"--prompt {request.prompt} and --new-tokens {request.new_tokens} (at least {DECODED_TOKENS}) exceed the "
+            f"model's context of {context}"
         )
     windows = _windows(bundle, manifest, flavor, request)
     if windows is None:

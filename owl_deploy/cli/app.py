@@ -13,6 +13,8 @@ from owl_deploy import __version__
 from owl_deploy.cli import bench, engines, evaluate, export, prune
 from owl_deploy.errors import CheckFailed, UserError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -57,9 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
     except CheckFailed as error:
         typer.echo(f"failed: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was finished is kept, nothing is half-written", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            typer.echo("interrupted; what was finished is kept, nothing is half-written", err=True)
+        raise
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -26,9 +26,8 @@ class TimedGeneration:
 
 
 def engine_logits(engine: Engine, ids: TokenIds) -> tuple[Logits, Logits]:
-    """Logits of all positions of `ids` at once, and of the last 16 token by token, each [positions, vocab]."""
-    at_once = engine.prefill(ids)
-    engine.prefill(ids[:-DECODED_TOKENS])
+    """Logits of all but the last 16 tokens of `ids` at once, and of these one by one, each [positions, vocab]."""
+    at_once = engine.prefill(ids[:-DECODED_TOKENS])
     return at_once, np.stack([engine.decode(int(token)) for token in ids[-DECODED_TOKENS:]])
 
 

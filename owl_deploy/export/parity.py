@@ -63,17 +63,16 @@ def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRe
 
 
 def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) -> ParityRecord:
-    """Compare logits [length, vocab] with those computed at once, and the last of them with those decoded.
+    """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
 
     Raises:
         CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
             likely ones are further apart than that.
     """
-    difference = _difference(expected, at_once)
-    difference_with_past = _difference(expected[-len(decoded) :], decoded)
-    pairs = np.concatenate([expected, expected[-len(decoded) :]]), np.concatenate([at_once, decoded])
-    agrees = pairs[0].argmax(axis=1) == pairs[1].argmax(axis=1)
-    top_two = np.partition(pairs[0], -2, axis=1)[:, -2:]
+    difference = _difference(expected[: len(at_once)], at_once)
+    difference_with_past = _difference(expected[len(at_once) :], decoded)
+    agrees = expected.argmax(axis=1) == np.concatenate([at_once, decoded]).argmax(axis=1)
+    top_two = np.partition(expected, -2, axis=1)[:, -2:]
     clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
     worst = max(difference, difference_with_past)
     if not worst <= TOLERANCE:  # NaN fails too
