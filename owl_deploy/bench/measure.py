@@ -35,7 +35,8 @@ from owl_deploy.reporting import Reporter
 
 MEASUREMENTS = "measurements.jsonl"
 _WARM_UP_TOKENS = 8
-_QUIET_S = 0.5  # how long the machine is watched while every engine is paused
+_QUIET_S = 0.5  # how long the machine is watched, while every engine is paused, …
+_QUIET_TRIES = 10  # … and how often, before it counts as busy
 _MEMORY_SHARE = 0.7  # of what was free: idle engines stay loaded as long as they fit in it
 
 
@@ -141,6 +142,7 @@ class Bench:
         self._errors: dict[str, str] = {}
         self._idle: dict[str, EngineProcess] = {}
         self._load_before = self._other_load = 0.0
+        self._has_timed = False
         self._budget_bytes = int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
     def run(self) -> None:
@@ -196,7 +198,7 @@ class Bench:
         checks = [partial(self._check, item) for item in group if self.setup(item) is None]
         rounds: list[Callable[[], None]] = []
         for name in names:
-            rounds.append(partial(self._wait_for_quiet, first=name == names[0]))
+            rounds.append(self._wait_for_quiet)
             rounds += [partial(self._time, item, name) for item in group]
         return [*checks, *rounds, partial(self._unload, group[-1].bundle)]
 
@@ -250,15 +252,20 @@ class Bench:
             both = np.concatenate([expected["at_once"], expected["decoded"]])
             return compare(both, actual["at_once"], actual["decoded"], what=configuration.name)
 
-    def _wait_for_quiet(self, *, first: bool) -> None:
-        """Note what else keeps the machine busy while our engines are paused; refuse to begin if it is too much."""
-        self._load_before = load_average()
-        self._other_load = busy_cores(_QUIET_S)
-        if self._other_load > self._max_load:
-            message = f"other processes keep {self._other_load:.1f} cores busy (limit {self._max_load:g})"
-            if first:
-                raise UserError(f"{message}; stop them, or allow it with --max-load")
-            self._reporter.warn(message)
+    def _wait_for_quiet(self) -> None:
+        """Let a moment's work of other processes pass, all our engines paused, and note what is left of it.
+
+        Raises:
+            UserError: it does not pass, and nothing was measured yet that would be lost.
+        """
+        for _ in range(_QUIET_TRIES):
+            self._load_before, self._other_load = load_average(), busy_cores(_QUIET_S)
+            if self._other_load <= self._max_load:
+                return
+        message = f"other processes keep {self._other_load:.1f} cores busy (limit {self._max_load:g})"
+        if not self._has_timed:
+            raise UserError(f"{message}; stop them, or allow it with --max-load")
+        self._reporter.warn(message)
 
     def _time(self, configuration: Configuration, round_name: str) -> None:
         """One generation, in a process that was warmed up and meets no other engine of ours at work."""
@@ -267,6 +274,7 @@ class Bench:
         workload = self._workload
         with self._failures_of(configuration), self._loaded(configuration) as process:
             samples = process.ask(do="generate", prompt=workload.prompt, new_tokens=workload.new_tokens)
+            self._has_timed = True
             self._log.append(
                 kind="round",
                 key=configuration.key(workload),

@@ -40,7 +40,7 @@ def bench(
     windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 16,
     max_load: Annotated[
         float, typer.Option(min=0, help="Cores that other processes may keep busy; above, bench refuses to start.")
-    ] = 0.5,
+    ] = 1.0,
     method: Annotated[str, typer.Option(help="Of a sweep: pruning method.")] = "wanda",
     allocation: Annotated[str, typer.Option(help="Of a sweep: owl or uniform.")] = "owl",
     owl_m: Annotated[float, typer.Option(help="Of a sweep: OWL's M.")] = 5.0,

@@ -73,7 +73,15 @@ class Environment:
         with locked(self.directory):
             shutil.rmtree(self.directory, ignore_errors=True)
             self._run([python, "-m", "venv", str(self.directory)])
-            pip = [str(self.interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [
+                str(self.interpreter),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-compile",
+            ]
             self._run([*pip, *self.requirements])
             self._run([str(self.interpreter), "-c", self.check])
             write_json(self.directory / _READY, {"requirements": list(self.requirements), "python": python})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 from owl_deploy.errors import CheckFailed
 
 _HASH_SEED = 0
-_HASH_ROWS = 256  # rows hashed at a time: bounds the memory for 64-bit products
+_HASHED_ROWS = 48  # enough to tell columns apart; what matches is then compared in full
 _NAMED = 3  # missing weights named in the error
 
 
@@ -70,46 +71,43 @@ def _matrices(graph: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
 
 class _Initializer:
-    """A matrix of the graph, with a hash of each column and, when asked for, of each row."""
+    """A matrix of the graph, in the layout [in, columns] and, where that is not how it lies, transposed."""
 
     def __init__(self, name: str, values: NDArray[np.float32]) -> None:
         self.name = name
-        self.values = values
-        self.hashes = _column_hashes(values)
-        self._row_hashes: NDArray[np.uint64] | None = None
+        self.layouts = (_Hashed(values), _Hashed(values.T))
 
-    @property
-    def row_hashes(self) -> NDArray[np.uint64]:
-        if self._row_hashes is None:
-            self._row_hashes = _column_hashes(self.values.T)
-        return self._row_hashes
+
+class _Hashed:
+    """A matrix with a hash of each column, made when first asked for."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values = values
+
+    @cached_property
+    def hashes(self) -> NDArray[np.uint64]:
+        return _column_hashes(self.values)
 
 
 def _column_hashes(matrix: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """A 64-bit hash of each column's bits, with -0.0 taken for 0.0."""
-    rows, columns = matrix.shape
-    multipliers = np.asarray(np.random.default_rng(_HASH_SEED).integers(1, 2**63, rows, dtype=np.uint64))
-    hashes: NDArray[np.uint64] = np.zeros(columns, np.uint64)
-    for start in range(0, rows, _HASH_ROWS):
-        bits = (matrix[start : start + _HASH_ROWS] + np.float32(0)).view(np.uint32).astype(np.uint64)
-        hashes += multipliers[start : start + _HASH_ROWS] @ bits
+    """A 64-bit hash of some of each column's values, with -0.0 taken for 0.0."""
+    rows = np.linspace(0, len(matrix) - 1, min(len(matrix), _HASHED_ROWS)).astype(int)
+    multipliers = np.asarray(np.random.default_rng(_HASH_SEED).integers(1, 2**63, len(rows), dtype=np.uint64))
+    bits = (matrix[rows] + np.float32(0)).view(np.uint32).astype(np.uint64)
+    hashes: NDArray[np.uint64] = multipliers @ bits
     return hashes
 
 
 def _find(name: str, weight: NDArray[np.float32], tensors: Iterable[_Initializer]) -> AuditedWeight | None:
-    transposed = np.ascontiguousarray(weight.T)
-    first_hash = _column_hashes(transposed[:, :1])
-    inputs, outputs = transposed.shape
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    first_hash = _column_hashes(weight[:1].T)
     for tensor in tensors:
-        rows, columns = tensor.values.shape
-        layouts = []
-        if rows == inputs and columns >= outputs:
-            layouts.append((tensor.hashes, tensor.values))
-        if columns == inputs and rows >= outputs:
-            layouts.append((tensor.row_hashes, tensor.values.T))
-        for hashes, values in layouts:
-            for column in np.flatnonzero(hashes == first_hash):
-                if np.array_equal(values[:, column : column + outputs], transposed):
+        for layout in tensor.layouts:
+            rows, columns = layout.values.shape
+            if rows != inputs or columns < outputs:
+                continue
+            for column in np.flatnonzero(layout.hashes == first_hash):
+                if np.array_equal(layout.values[:, column : column + outputs], weight.T):
                     zeros = int(weight.size - np.count_nonzero(weight))
                     return AuditedWeight(name, tensor.name, int(column), weight.size, zeros)
     return None
