@@ -158,7 +158,7 @@ def test_an_engine_that_computes_something_else_is_not_timed(
     other = measure.engine_spec("onnxruntime")
     monkeypatch.setitem(ENGINES, "other", type(other)(**{**vars(other), "name": "other"}))
     compare = measure.compare
-    monkeypatch.setattr(measure, "compare", lambda expected, *rest, what: compare(expected + 1, *rest, what=what))
+    monkeypatch.setattr(measure, "compare", lambda expected, *rest, **options: compare(expected + 1, *rest, **options))
     ran = run_cli(
         *("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json"),
         *("--engines", "other"),

@@ -250,7 +250,7 @@ class Bench:
             process.ask(do="logits", ids=ids, out=paths[1])
             expected, actual = (np.load(path) for path in paths)
             both = np.concatenate([expected["at_once"], expected["decoded"]])
-            return compare(both, actual["at_once"], actual["decoded"], what=configuration.name)
+            return compare(both, actual["at_once"], actual["decoded"], what=configuration.name, reference="onnxruntime")
 
     def _wait_for_quiet(self) -> None:
         """Let a moment's work of other processes pass, all our engines paused, and note what is left of it.

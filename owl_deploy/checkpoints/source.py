@@ -53,7 +53,8 @@ def resolve_model(model: str) -> ModelSource:
         UserError: there is no such file, directory, package or hub model.
     """
     if model == "demo":
-        return ModelSource("demo", _demo_gguf())
+        path = _demo_gguf()
+        return ModelSource(path.stem, path)
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,16 +18,20 @@ from owl_deploy.pruning.manifest import Record
 
 TOLERANCE = 1e-2  # of a logit
 
+Reference = Literal["torch", "onnxruntime"]
+
 
 class ParityRecord(Record):
     """Agreement of two sets of logits, position by position.
 
     Attributes:
+        reference: what computed the logits compared with.
         positions: compared without and with a cache.
         max_abs_difference: of any logit, at any position; without and with a cache.
         argmax_agreement: fraction of positions with the same most likely token.
     """
 
+    reference: Reference
     positions: int
     positions_with_past: int
     max_abs_difference: float
@@ -59,10 +64,11 @@ def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRe
         raise UnsupportedFamily(
             f"{graph.parent.name}: ONNX Runtime cannot run this model's graph ({reason[2] or reason[0]})"
         ) from error
-    return compare(reference_logits(model, ids), at_once, decoded, what=f"{graph.parent.name}/{graph.name}")
+    name = f"{graph.parent.name}/{graph.name}"
+    return compare(reference_logits(model, ids), at_once, decoded, what=name, reference="torch")
 
 
-def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) -> ParityRecord:
+def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str, reference: Reference) -> ParityRecord:
     """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
 
     Raises:
@@ -80,6 +86,7 @@ def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str) ->
     if (clear & ~agrees).any():
         raise CheckFailed(f"{what}: its most likely token differs from the checkpoint's where that one is clear")
     return ParityRecord(
+        reference=reference,
         positions=len(at_once),
         positions_with_past=len(decoded),
         max_abs_difference=difference,

@@ -13,6 +13,7 @@ def conditions(rows: Sequence[Row]) -> list[str]:
     """One Markdown line per condition."""
     lines = [
         f"Workload: {_distinct(rows, _workload)}",
+        *_rounds(rows),
         f"Machine: {_distinct(rows, _machine)}",
         f"Memory reads, with as many threads: {_range(row.machine.memory_bandwidth_gb_s for row in rows)} GB/s",
         *_load(rows),
@@ -26,8 +27,13 @@ def conditions(rows: Sequence[Row]) -> list[str]:
 def _workload(row: Row) -> str:
     return (
         f"{model_name(row)}, {row.prompt_tokens} prompt tokens and {row.new_tokens} new ones, batch 1, "
-        f"threads: {row.threads}, rounds: {row.repetitions}"
+        f"threads: {row.threads}"
     )
+
+
+def _rounds(rows: Sequence[Row]) -> list[str]:
+    counts = [row.repetitions for row in rows if row.status == "ok"]
+    return [f"Rounds a row was timed in (a dense row in those of every level): {_range(counts)}"] if counts else []
 
 
 def _machine(row: Row) -> str:
@@ -80,7 +86,7 @@ def _fact(name: str, value: object) -> str:
 
 
 def _parity(rows: Sequence[Row]) -> list[str]:
-    """The worst of each engine's comparisons with ONNX Runtime."""
+    """The worst of each engine's comparisons with what it is compared with."""
     lines = []
     for engine in sorted({row.engine for row in rows}):
         records = [row.parity for row in rows if row.engine == engine and row.parity is not None]
@@ -88,8 +94,8 @@ def _parity(rows: Sequence[Row]) -> list[str]:
             worst = max(max(record.max_abs_difference, record.max_abs_difference_with_past) for record in records)
             agreement = min(record.argmax_agreement for record in records)
             lines.append(
-                f"Parity of {engine} with ONNX Runtime: logits differ by {worst:.1e} at most, the most likely token "
-                f"is the same at {percent(agreement)} of positions"
+                f"Parity of {engine} with {records[0].reference}: logits differ by {worst:.1e} at most, the most "
+                f"likely token is the same at {percent(agreement)} of positions"
             )
     return lines
 

@@ -86,7 +86,7 @@ _CSV_ONLY = (
     *("status", "error", "unsteady", "model", "method", "allocation", "bundle"),
     *("threads", "prompt_tokens", "new_tokens", "repetitions"),
     *("perplexity_text", "perplexity_windows", "load_ms", "load_average", "other_load_cores"),
-    *("parity.positions", "parity.positions_with_past", "parity.max_abs_difference"),
+    *("parity.reference", "parity.positions", "parity.positions_with_past", "parity.max_abs_difference"),
     *("parity.max_abs_difference_with_past", "parity.argmax_agreement"),
     *("machine.cpu", "machine.cores", "machine.instruction_set", "machine.memory_bytes"),
     *("machine.memory_bandwidth_gb_s", "machine.system"),
