@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 ifdef QUICK
 DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 4 --prompt 64 --new-tokens 32 --repetitions 3 --windows 8
 else
-DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 8 --prompt 256 --new-tokens 48 --repetitions 3 --windows 8
+DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 4 --prompt 256 --new-tokens 32 --repetitions 3 --windows 6
 endif
 
 .PHONY: demo test lint install engines recipe-tools clean

@@ -237,20 +237,25 @@ class Bench:
         Raises:
             CheckFailed: the logits differ; what the engine is fast at is then not this model.
         """
-        reference_spec = engine_spec("onnxruntime")
-        if configuration.spec == reference_spec:
+        reference = self._reference(configuration)
+        if configuration.spec == reference.spec:
             return configuration.record.parity
         # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
         ids = [*self._workload.prompt, *self._workload.prompt[:DECODED_TOKENS]]
         with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
             paths = [str(Path(folder) / name) for name in ("reference.npz", "engine.npz")]
-            with EngineProcess(reference_spec, self._workload.threads) as reference:
-                reference.load(configuration.graph, threads=self._workload.threads, context=len(ids), prompts=[])
-                reference.ask(do="logits", ids=ids, out=paths[0])
             process.ask(do="logits", ids=ids, out=paths[1])
+            with self._loaded(reference) as reference_process:
+                reference_process.ask(do="logits", ids=ids, out=paths[0])
             expected, actual = (np.load(path) for path in paths)
             both = np.concatenate([expected["at_once"], expected["decoded"]])
             return compare(both, actual["at_once"], actual["decoded"], what=configuration.name, reference="onnxruntime")
+
+    def _reference(self, configuration: Configuration) -> Configuration:
+        """ONNX Runtime on the same bundle, whose graphs all hold the same audited weights."""
+        spec, manifest = engine_spec("onnxruntime"), configuration.manifest
+        flavor = next(flavor for flavor in spec.flavors if flavor in manifest.flavors)
+        return Configuration(spec, configuration.bundle, manifest, flavor)
 
     def _wait_for_quiet(self) -> None:
         """Let a moment's work of other processes pass, all our engines paused, and note what is left of it.
@@ -314,6 +319,5 @@ class Bench:
 
     def _unload(self, bundle: Path) -> None:
         """End the processes of a bundle whose rounds are over."""
-        for configuration in self.configurations:
-            if configuration.bundle == bundle and configuration.name in self._idle:
-                self._idle.pop(configuration.name).close()
+        for name in [name for name in self._idle if name.endswith(f" {bundle}")]:
+            self._idle.pop(name).close()

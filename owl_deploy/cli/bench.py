@@ -57,7 +57,7 @@ def bench(
     """Time prefill and decode of every engine on every bundle, with the perplexity of each beside it.
 
     Rounds are interleaved, and speed-ups are ratios within a round; every sample is kept in results.jsonl. Each engine
-    must first compute the logits ONNX Runtime computes on the same file. With --json, one JSON object a row.
+    must first compute the logits ONNX Runtime computes from the same weights. With --json, one JSON object a row.
 
     Exit code 1 if no engine could run at all; one that fails is a row that says so.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from transformers import PretrainedConfig
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UnsupportedFamily
 from owl_deploy.export.names import IR_VERSION, OPSET
 from owl_deploy.export.tensors import ExternalData
 
@@ -28,7 +28,7 @@ def write_optimum_graph(checkpoint: Path, config: PretrainedConfig, path: Path) 
     """Write `path` and its external data, `path` + ".data".
 
     Raises:
-        UserError: optimum cannot export this architecture.
+        UnsupportedFamily: optimum cannot export this architecture.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".optimum-") as folder:
         model = _export(checkpoint, config.model_type, Path(folder))
@@ -66,7 +66,7 @@ def _export(checkpoint: Path, model_type: str, folder: Path) -> ModelProto:
             )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{checkpoint}: optimum cannot export model type {model_type} ({reason})") from error
+        raise UnsupportedFamily(f"{checkpoint}: optimum cannot export model type {model_type} ({reason})") from error
     return onnx.load(str(folder / "model.onnx"), load_external_data=False)
 
 
