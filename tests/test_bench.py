@@ -117,6 +117,7 @@ def test_what_was_measured_is_not_measured_again_and_more_rounds_are_added(
     assert log.read_text() == before
     log.write_text(before + '{"kind": "round", "key": "cut sho')  # a kill while a line was written
     rows = rows_of(sweep(run_cli, out, tiny_llama, reference, "--repetitions", 3))
+    assert all(json.loads(line) for line in log.read_text().splitlines())
     assert rows[0]["samples_ms"]["decode"][:2] == swept[0]["samples_ms"]["decode"]
     assert [row["repetitions"] for row in rows] == [3, 3]
 
@@ -147,6 +148,8 @@ def test_an_engine_that_fails_is_a_row_that_says_so(
     assert failed["status"] == "failed"
     assert "owl_deploy.engines.none" in failed["error"]
     assert working["status"] == "ok"
+    again = rows_of(run_cli(*run, "--engines", "broken,onnxruntime"))
+    assert again[1]["samples_ms"] == working["samples_ms"]  # what works is not measured again
     assert run_cli(*run, "--engines", "broken").code == 1
 
 

@@ -64,6 +64,13 @@ def test_a_generation_is_timed_token_by_token_and_is_greedy(graphs: Path) -> Non
     assert first["peak_rss_bytes"] > 2**20
 
 
+def test_peak_memory_is_the_engine_s_own_not_its_parent_s(graphs: Path) -> None:
+    ballast = np.ones(2**27)  # 1 GiB, more than a small graph and ONNX Runtime take
+    with loaded(graphs / "genai" / "model.onnx") as process:
+        samples = process.ask(do="generate", prompt=IDS, new_tokens=2)
+    assert samples["peak_rss_bytes"] < ballast.nbytes
+
+
 def test_the_loss_of_a_window_is_its_mean_cross_entropy(graphs: Path, tmp_path: Path) -> None:
     with loaded(graphs / "genai" / "model.onnx") as process:
         loss = process.ask(do="loss", ids=IDS)

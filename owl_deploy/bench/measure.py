@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from owl_deploy.bench.machine import busy_cores, load_average
+from owl_deploy.bench.machine import available_cores, busy_cores, cpu_model, load_average
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
@@ -29,7 +29,7 @@ from owl_deploy.evaluation.perplexity import perplexity_of
 from owl_deploy.export.bundle import GRAPH, BundleManifest, FlavorRecord
 from owl_deploy.export.names import Flavor
 from owl_deploy.export.parity import ParityRecord, compare
-from owl_deploy.files import disk_errors
+from owl_deploy.files import disk_errors, write_text
 from owl_deploy.pruning.manifest import fingerprint
 from owl_deploy.reporting import Reporter
 
@@ -97,7 +97,8 @@ class Configuration:
         """Equal for measurements that may stand for each other: same graph, engine, workload and machine."""
         files = [file.sha256 for file in self.record.files]
         environment = self.spec.environment.requirements if self.spec.environment else self.manifest.versions
-        return fingerprint([self.spec.name, environment, self.flavor, files, workload.fingerprint()])
+        machine = [cpu_model(), available_cores()]
+        return fingerprint([self.spec.name, environment, self.flavor, files, workload.fingerprint(), machine])
 
 
 class Log:
@@ -107,9 +108,11 @@ class Log:
         self._path = path
         self._lines: list[dict[str, Any]] = []
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the line a kill cut short
-                    self._lines.append(json.loads(line))
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # a kill cut the last line short
+                write_text(path, whole)
+            self._lines = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, **entry: Any) -> None:
         self._lines.append(entry)
@@ -151,9 +154,10 @@ class Bench:
         Raises:
             UserError: the machine is busy with other work.
         """
-        steps = [step for group in self._groups() for step in self._missing_steps(group)]
+        groups = [group for group in self._groups() if not self._is_done(group)]
+        steps = sum(len(group) for group in groups) * self._workload.repetitions
         try:
-            for step in self._reporter.track(steps, "measuring") if steps else ():
+            for step in self._reporter.track(self._steps(groups), "measuring", steps) if groups else ():
                 step()
         finally:
             for process in self._idle.values():
@@ -187,20 +191,31 @@ class Bench:
         return [baseline + of_bundle[bundle] for bundle in others] or [baseline]
 
     def _round_names(self, group: list[Configuration]) -> list[str]:
+        """The rounds of a level; the dense row's samples are told apart by them."""
         level = group[-1].manifest.checkpoint_sha256[:12]
         return [f"{level} {number}" for number in range(self._workload.repetitions)]
 
-    def _missing_steps(self, group: list[Configuration]) -> list[Callable[[], None]]:
-        """What is left to do for a group, in order. A round that was cut short is measured anew, all of it."""
-        names = [name for name in self._round_names(group) if not all(name in self.rounds(item) for item in group)]
-        if not names:
-            return []
-        checks = [partial(self._check, item) for item in group if self.setup(item) is None]
-        rounds: list[Callable[[], None]] = []
-        for name in names:
-            rounds.append(self._wait_for_quiet)
-            rounds += [partial(self._time, item, name) for item in group]
-        return [*checks, *rounds, partial(self._unload, group[-1].bundle)]
+    def _missing_rounds(self, group: list[Configuration]) -> list[str]:
+        """Rounds that some engine was not in, failed ones apart. One that was cut short is measured anew, all of it."""
+        working = [item for item in group if item.name not in self._errors]
+        if not any(item.bundle == group[-1].bundle for item in working):
+            return []  # nothing to compare with the dense model
+        return [name for name in self._round_names(group) if not all(name in self.rounds(item) for item in working)]
+
+    def _is_done(self, group: list[Configuration]) -> bool:
+        return all(self.setup(item) is not None for item in group) and not self._missing_rounds(group)
+
+    def _steps(self, groups: list[list[Configuration]]) -> Iterator[Callable[[], None]]:
+        """One step for every working engine in every round, each made ready when the one before is done."""
+        for group in groups:
+            for item in group:
+                if self.setup(item) is None and item.name not in self._errors:  # as part of another group
+                    self._check(item)
+            for name in self._missing_rounds(group):
+                self._wait_for_quiet()
+                for item in group:
+                    yield partial(self._time, item, name)
+            self._unload(group[-1].bundle)
 
     @contextlib.contextmanager
     def _failures_of(self, configuration: Configuration) -> Iterator[None]:
@@ -213,8 +228,6 @@ class Bench:
 
     def _check(self, configuration: Configuration) -> None:
         """See that the engine computes what ONNX Runtime computes, and at what perplexity."""
-        if configuration.name in self._errors:  # as part of another group
-            return
         workload = self._workload
         with self._failures_of(configuration), self._loaded(configuration) as process:
             parity = self._parity(configuration, process)

@@ -65,7 +65,6 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
     try:
         with _quiet_transformers():
             if source.is_gguf:
-                gguf.read_metadata(source.path)
                 model, report = AutoModelForCausalLM.from_pretrained(
                     source.path.parent,
                     gguf_file=source.path.name,
@@ -76,7 +75,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
                 model, report = AutoModelForCausalLM.from_pretrained(
                     source.path, config=load_config(source.path), dtype=dtype or "auto", output_loading_info=True
                 )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
     if report["missing_keys"]:  # transformers fills them with random numbers

@@ -77,8 +77,17 @@ class _Worker:
         from owl_deploy.engines.probe import timed_generation
 
         timed = timed_generation(self._engine, np.array(prompt, np.int64), new_tokens)
-        peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {**dataclasses.asdict(timed), "peak_rss_bytes": peak_rss_bytes}
+        return {**dataclasses.asdict(timed), "peak_rss_bytes": _peak_rss_bytes()}
+
+
+def _peak_rss_bytes() -> int:
+    """This process's own peak. Linux's `ru_maxrss` would begin at what its parent held when it was forked."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _die_with_parent() -> None:
