@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from owl_deploy.errors import UserError
 from owl_deploy.export.names import Flavor
 from owl_deploy.export.parity import ParityRecord
-from owl_deploy.files import read_json
-from owl_deploy.pruning.manifest import Record, versions
+from owl_deploy.pruning.manifest import Record, read_record, versions
 
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
@@ -86,12 +85,7 @@ def read_bundle(directory: Path) -> BundleManifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export")
-    try:
-        return BundleManifest.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; export the model again") from error
+    return read_record(path, BundleManifest, mend="export the model again")
 
 
 def exporter_versions() -> dict[str, str]:

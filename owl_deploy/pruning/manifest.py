@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +22,9 @@ class Record(BaseModel):
     """Base of everything written to disk as JSON: unknown fields are errors, and infinities are kept, as strings."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 class LinearRecord(Record):
@@ -91,14 +95,21 @@ def read_manifest(directory: Path) -> PruningManifest | None:
         UserError: the file is corrupted, or of another schema.
     """
     path = directory / MANIFEST
-    if not path.is_file():
-        return None
+    return read_record(path, PruningManifest, mend="prune the model again") if path.is_file() else None
+
+
+def read_record(path: Path, kind: type[RecordT], *, mend: str) -> RecordT:
+    """Read a JSON file as a record.
+
+    Raises:
+        UserError: the file is corrupted, or of another schema: its first field that is wrong, and how to `mend` it.
+    """
     try:
-        return PruningManifest.model_validate(read_json(path))
+        return kind.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; prune the model again") from error
+        raise UserError(f"{path}: {place}: {first['msg']}; {mend}") from error
 
 
 def versions(*packages: str) -> dict[str, str]:
