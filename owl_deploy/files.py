@@ -116,6 +116,30 @@ def staged_directory(target: Path, *, manifest: str, replace: bool = False) -> I
 
 
 @contextlib.contextmanager
+def staged_addition(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory; what is in it when the body ends well moves into the existing `target`.
+
+    Files of the same name are replaced, after all else is there: so a manifest describes what it lies beside.
+
+    Raises:
+        UserError: `target` is being written by another process, or cannot be written.
+    """
+    staging = target.with_name(f".{target.name}.partial")
+    with locked(target):
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            with disk_errors(target):
+                staging.mkdir()
+                yield staging
+                for made in sorted(staging.iterdir(), key=Path.is_file):
+                    if made.is_dir():
+                        shutil.rmtree(target / made.name, ignore_errors=True)
+                    made.replace(target / made.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
     """Make the directories above `target`; those that were not there go again when the body fails."""
     new = [parent for parent in target.absolute().parents if not parent.exists()]

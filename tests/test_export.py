@@ -37,9 +37,9 @@ def sparse(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, reference
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, sparse: Path) -> Path:
-    """Both flavors of it."""
+    """Both dense flavors of it, and a packed one."""
     out = tmp_path_factory.mktemp("bundle") / "bundle"
-    export_run.export_checkpoint(sparse, out, ("standard", "genai"))
+    export_run.export_checkpoint(sparse, out, ("standard", "genai", "sparse-packed32"))
     return out
 
 
@@ -52,10 +52,10 @@ def linears_of(checkpoint: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dty
     }
 
 
-def test_both_flavors_hold_every_zero_and_compute_what_torch_computes(bundle: Path, sparse: Path) -> None:
+def test_all_flavors_hold_every_zero_and_compute_what_torch_computes(bundle: Path, sparse: Path) -> None:
     manifest, pruned = read_bundle(bundle), read_manifest(sparse)
     assert pruned is not None
-    assert set(manifest.flavors) == {"standard", "genai"}
+    assert set(manifest.flavors) == {"standard", "genai", "sparse-packed32"}
     assert manifest.sparsity_achieved == pytest.approx(pruned.sparsity_achieved, abs=1e-12)
     for record in manifest.flavors.values():
         assert set(record.audit.linears) == set(linears_of(sparse))

@@ -63,7 +63,7 @@ class Row(Record):
         ttft_ms_p50: from the prompt's ids to the first new token's id, median of rounds.
         decode_ms_p50, decode_ms_p90, decode_ms_p99: per new token after the first, over all rounds.
         speedup_same_engine: decode p50 of the same engine's dense row over this row's, within each round.
-        speedup_fastest_dense: the same against the engine whose dense row is fastest.
+        speedup_fastest_dense: the same against the engine whose dense fp32 row is fastest.
         paper_speedup: the paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y).
         peak_rss_bytes: of the engine's own process, load included.
         file_bytes: the graph and its weights.

@@ -21,7 +21,7 @@ from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
 from owl_deploy.export.bundle import BundleManifest, read_bundle
-from owl_deploy.export.names import Flavor
+from owl_deploy.export.names import Flavor, weights_of
 from owl_deploy.files import locked
 from owl_deploy.report.write import write_report
 from owl_deploy.reporting import Reporter
@@ -64,11 +64,7 @@ def bench_bundles(
     _check_files(manifests)
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
-    configurations = [
-        Configuration(spec, bundle, manifest, _flavor(spec, bundle, manifest))
-        for spec in engines
-        for bundle, manifest in manifests.items()
-    ]
+    configurations = _configurations(manifests, engines)
     workload = _workload(manifests, configurations[0].flavor, request)
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -80,14 +76,35 @@ def bench_bundles(
     return rows, report
 
 
-def _flavor(spec: EngineSpec, bundle: Path, manifest: BundleManifest) -> Flavor:
-    for flavor in spec.flavors:
-        if flavor in manifest.flavors:
-            return flavor
-    raise UserError(
-        f"{bundle}: engine {spec.name} runs {' or '.join(spec.flavors)}, this bundle holds "
-        f"{', '.join(manifest.flavors)}; export it again with --flavor {spec.flavors[0]}"
-    )
+def _configurations(manifests: dict[Path, BundleManifest], engines: Sequence[EngineSpec]) -> list[Configuration]:
+    """Every engine on every bundle that holds a flavor it runs.
+
+    Raises:
+        UserError: an engine or a bundle would be in no row at all.
+    """
+    found = [
+        Configuration(spec, bundle, manifest, flavor)
+        for spec in engines
+        for bundle, manifest in manifests.items()
+        for flavor in [next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)]
+        if flavor is not None
+    ]
+    for spec in engines:
+        if spec not in [item.spec for item in found]:
+            raise UserError(
+                f"engine {spec.name} runs {' or '.join(spec.flavors)}, which no bundle holds; export the model with "
+                f"{_export_options(spec.flavors[0])}"
+            )
+    for bundle, manifest in manifests.items():
+        if bundle not in [item.bundle for item in found]:
+            wanted = ", ".join(flavor for spec in engines for flavor in spec.flavors)
+            raise UserError(f"{bundle}: holds {', '.join(manifest.flavors)}; the engines asked for run {wanted}")
+    return found
+
+
+def _export_options(flavor: Flavor) -> str:
+    weights = weights_of(flavor)
+    return f"--flavor {flavor}" if weights is None else f"--flavor sparse --weights {weights}"
 
 
 def _check_files(manifests: dict[Path, BundleManifest]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.errors import UserError
-from owl_deploy.export.names import FLAVORS
+from owl_deploy.engines.registry import EngineSpec
+from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
@@ -46,10 +47,11 @@ def make_levels(
     sparsities: list[float],
     plan: PruningPlan,
     calibration: Calibration,
+    engines: Sequence[EngineSpec],
     *,
     reporter: Reporter,
 ) -> list[Path]:
-    """Prune and export `source` at every sparsity, reusing what is there; the bundles' directories.
+    """Prune and export `source` at every sparsity, for these engines, reusing what is there; the bundles' directories.
 
     All levels are pruned from the dense level's checkpoint, so a GGUF file is converted once, and share the dense
     model's LOD.
@@ -73,6 +75,20 @@ def make_levels(
                 reporter=reporter,
             )
         bundle = level / "bundle"
-        export_checkpoint(level / "checkpoint", bundle, FLAVORS, reporter=reporter)
+        _export(level / "checkpoint", bundle, engines, reporter)
         bundles.append(bundle)
     return bundles
+
+
+def _export(checkpoint: Path, bundle: Path, engines: Sequence[EngineSpec], reporter: Reporter) -> None:
+    """The flavor that each engine runs best; the next best ones where a family has no graph of that flavor."""
+    best = list(dict.fromkeys(engine.flavors[0] for engine in engines))
+    others = list(dict.fromkeys(flavor for engine in engines for flavor in engine.flavors[1:]))
+    try:
+        made = set(export_checkpoint(checkpoint, bundle, best, reporter=reporter).flavors)
+    except UnsupportedFamily:
+        if not others:
+            raise
+        made = set()
+    if not all(made & set(engine.flavors) for engine in engines) and others:
+        export_checkpoint(checkpoint, bundle, others, reporter=reporter)

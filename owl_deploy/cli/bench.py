@@ -87,7 +87,7 @@ def bench(
         plan = PruningPlan(0.0, method, allocation, owl_m, owl_lambda)  # type: ignore[arg-type]  # checked by it
         wanted = Calibration(calibration, samples, calibration_seqlen, seed)
         levels = parse_sparsities(sparsities)
-        paths = make_levels(resolve_model(sweep), output, levels, plan, wanted, reporter=reporter)
+        paths = make_levels(resolve_model(sweep), output, levels, plan, wanted, specs, reporter=reporter)
     request = Request(
         prompt=prompt,
         new_tokens=new_tokens,

@@ -23,11 +23,9 @@ class OnnxRuntimeEngine:
 
     def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...] = ()) -> None:
         del prompts  # shapes are dynamic: nothing is compiled per length
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(graph), self._options(threads), providers=["CPUExecutionProvider"]
+        )
         self._binding = self._session.io_binding()
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
@@ -38,6 +36,13 @@ class OnnxRuntimeEngine:
         self._length = 0
         if self._shares_cache:
             self._bind_shared_cache(context)
+
+    def _options(self, threads: int) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        return options
 
     def describe(self) -> dict[str, Any]:
         return {

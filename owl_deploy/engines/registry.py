@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from owl_deploy.engines.environments import Environment
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import Flavor
+from owl_deploy.export.names import WEIGHTS, Flavor, sparse_flavor
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class EngineSpec:
         flavors: the graphs it runs, best first.
         environment: the virtual environment it needs; None for the one owl-deploy runs in.
         package: what its version is the version of.
+        checked_at_export: its logits were compared with torch's when the graph was made.
         licence: a note for the user.
     """
 
@@ -28,6 +29,7 @@ class EngineSpec:
     environment: Environment | None
     package: str
     licence: str
+    checked_at_export: bool = False
 
 
 ENGINES = {
@@ -41,6 +43,20 @@ ENGINES = {
             environment=None,
             package="onnxruntime",
             licence="MIT",
+            checked_at_export=True,
+        ),
+        *(
+            EngineSpec(
+                name=sparse_flavor(weights),
+                module="owl_deploy.engines.sparse_engine",
+                class_name="SparseEngine",
+                flavors=(sparse_flavor(weights),),
+                environment=None,
+                package="onnxruntime",
+                licence="Apache-2.0, ours; ONNX Runtime's is MIT",
+                checked_at_export=True,
+            )
+            for weights in WEIGHTS
         ),
         EngineSpec(
             name="deepsparse",
@@ -61,12 +77,16 @@ ENGINES = {
 
 
 def installed_engines(names: str) -> list[EngineSpec]:
-    """The engines of a comma-separated list. One that cannot be had on this machine stays in: its rows will say so.
+    """The engines of a comma-separated list; `sparse` is short for its three weight formats.
+
+    One that cannot be had on this machine stays in: its rows will say so.
 
     Raises:
         UserError: an engine is unknown, or could be installed and is not.
     """
-    specs = [engine_spec(name.strip()) for name in names.split(",")]
+    every_format = ",".join(sparse_flavor(weights) for weights in WEIGHTS)
+    wanted = [every_format if name.strip() == "sparse" else name.strip() for name in names.split(",")]
+    specs = [engine_spec(name) for name in dict.fromkeys(",".join(wanted).split(","))]
     for spec in specs:
         environment = spec.environment
         if environment is not None and not environment.is_ready() and environment.is_installable():

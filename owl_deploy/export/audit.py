@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from owl_deploy.errors import CheckFailed
+from owl_deploy.export.tensors import external_array
 
 _HASH_SEED = 0
 _HASHED_ROWS = 48  # enough to tell columns apart; what matches is then compared in full
@@ -61,13 +61,7 @@ def _matrices(graph: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     for tensor in model.graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) != 2:
             continue
-        shape = (tensor.dims[0], tensor.dims[1])
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            yield tensor.name, numpy_helper.to_array(tensor)
-            continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        offset = int(place.get("offset", 0))
-        yield tensor.name, np.memmap(graph.parent / place["location"], np.float32, "r", offset, shape)
+        yield tensor.name, external_array(graph, tensor)
 
 
 class _Initializer:

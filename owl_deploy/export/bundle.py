@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import Flavor
+from owl_deploy.export.names import Flavor, Head
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.pruning.manifest import Record, read_record, versions
+from owl_deploy.sparse.graph import MatrixRecord
 
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
@@ -33,14 +34,32 @@ class AuditRecord(Record):
     linears: dict[str, str]
 
 
+class PackedRecord(Record):
+    """How a sparse flavor stores its weights.
+
+    Attributes:
+        error: the norm of what storing changed in the packed weights, over their own norm.
+        matrices: every product of the graph with constant weights, packed or not.
+    """
+
+    head: Head
+    error: float
+    matrices: list[MatrixRecord]
+
+
 class FlavorRecord(Record):
-    """One graph; `source` is the exporter it came from and `note` why that one."""
+    """One graph; `source` is the exporter it came from and `note` why that one.
+
+    A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
+    is no error of the graph, and `packed` says what it is.
+    """
 
     source: str
     note: str
     parity: ParityRecord
     audit: AuditRecord
     files: list[FileRecord]
+    packed: PackedRecord | None = None
 
     @property
     def bytes(self) -> int:

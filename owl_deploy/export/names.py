@@ -1,9 +1,37 @@
 """Names that graphs and the engines reading them agree on; standard library only, for the engines' sake."""
 
+from __future__ import annotations
+
 from typing import Literal, get_args
 
-Flavor = Literal["standard", "genai"]
-FLAVORS = get_args(Flavor)
+Flavor = Literal["standard", "genai", "sparse-packed32", "sparse-packed16", "sparse-int8"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+
+Weights = Literal["packed32", "packed16", "int8"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+"""How a sparse flavor stores the weights of its blocks; see sparse/FORMAT.md."""
+
+Head = Literal["fp32", "int8"]
+HEADS: tuple[Head, ...] = get_args(Head)
+"""How it stores the matrix of the vocabulary."""
+
+SPARSE_OPERATOR, SPARSE_DOMAIN = "SparseMatMul", "owl"
+
+
+def sparse_flavor(weights: Weights) -> Flavor:
+    """The flavor with these weights."""
+    flavors: dict[Weights, Flavor] = {
+        "packed32": "sparse-packed32",
+        "packed16": "sparse-packed16",
+        "int8": "sparse-int8",
+    }
+    return flavors[weights]
+
+
+def weights_of(flavor: Flavor) -> Weights | None:
+    """How a sparse flavor stores its weights; None for a flavor of plain fp32."""
+    return next((weights for weights in WEIGHTS if sparse_flavor(weights) == flavor), None)
+
 
 ATTENTION_BIAS = "attention_bias"
 """The tensor every layer of a built graph adds to its attention scores, [B, 1, G * L, S], where G is the number of

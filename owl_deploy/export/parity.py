@@ -46,18 +46,21 @@ def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
     return logits
 
 
-def check_parity(graph: Path, model: PreTrainedModel, ids: TokenIds) -> ParityRecord:
+def check_parity(
+    graph: Path, model: PreTrainedModel, ids: TokenIds, engine_class: type[OnnxRuntimeEngine] = OnnxRuntimeEngine
+) -> ParityRecord:
     """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
 
     Args:
         ids: one sequence of more than 16 tokens.
+        engine_class: what runs the graph.
 
     Raises:
         CheckFailed: see `compare`.
         UnsupportedFamily: ONNX Runtime cannot run the graph (GroupQueryAttention wants heads of 16, 32, … elements).
     """
     try:
-        engine = OnnxRuntimeEngine(graph, threads=torch.get_num_threads(), context=len(ids))
+        engine = engine_class(graph, threads=torch.get_num_threads(), context=len(ids))
         at_once, decoded = engine_logits(engine, ids)
     except Exception as error:  # its exceptions have no base of their own
         reason = str(error).strip().splitlines()[0].partition("Status Message: ")

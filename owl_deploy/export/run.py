@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.checkpoints.structure import find_blocks
 from owl_deploy.engines.protocol import TokenIds
+from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.export.audit import audit_graph
 from owl_deploy.export.bundle import (
@@ -26,25 +28,37 @@ from owl_deploy.export.bundle import (
     BundleManifest,
     FileRecord,
     FlavorRecord,
+    PackedRecord,
     exporter_versions,
     read_bundle,
 )
 from owl_deploy.export.genai import write_genai
-from owl_deploy.export.names import Flavor
+from owl_deploy.export.names import Flavor, Head, Weights, weights_of
 from owl_deploy.export.parity import check_parity
 from owl_deploy.export.standard import write_standard
-from owl_deploy.files import read_json, sha256, staged_directory, write_text
+from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
 from owl_deploy.pruning.manifest import read_manifest
 from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.sparse.audit import check_stored, rows_of_parts, stored_parts
+from owl_deploy.sparse.graph import HEAD, write_sparse
+from owl_deploy.sparse.library import library_path
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, flavors: Sequence[Flavor], *, reporter: Reporter = SILENT
+    checkpoint: Path,
+    out: Path,
+    flavors: Sequence[Flavor],
+    *,
+    head: Head | None = None,
+    reporter: Reporter = SILENT,
 ) -> BundleManifest:
-    """Export `checkpoint` into the new directory `out`, or find it there already made.
+    """Export `checkpoint` into the directory `out`; what is already there of the same checkpoint is not made again.
+
+    Args:
+        head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
 
     Every graph is audited (all weights in it, unchanged) and compared with torch before the bundle appears. Where
     several flavors are asked for, one that has no exporter for the family is left out and named in the manifest.
@@ -59,51 +73,66 @@ def export_checkpoint(
         )
     source = ModelSource(str(checkpoint), checkpoint)
     checkpoint_sha256 = source.fingerprint()
-    if (out / MANIFEST).is_file():
-        made = read_bundle(out)
-        same_inputs = (made.checkpoint_sha256, made.versions) == (checkpoint_sha256, exporter_versions())
-        if not same_inputs or set(flavors) != {*made.flavors, *made.unsupported}:
+    made = read_bundle(out) if (out / MANIFEST).is_file() else None
+    if made is not None:
+        if (made.checkpoint_sha256, made.versions) != (checkpoint_sha256, exporter_versions()):
             raise UserError(f"{out}: holds a bundle made from other inputs; choose another output directory")
-        reporter.step(f"{out}: already made from the same checkpoint")
-        return made
+        _check_heads(out, made, flavors, head)
+        flavors = [flavor for flavor in flavors if flavor not in (*made.flavors, *made.unsupported)]
+        if not flavors:
+            reporter.step(f"{out}: already made from the same checkpoint")
+            return made
 
     model = load_model(source, torch.float32)
     tokenizer = load_tokenizer(source)
     ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
     pruned = read_manifest(checkpoint)
-    with staged_directory(out, manifest=MANIFEST) as staging, _readable_by_exporters(checkpoint) as directory:
+    place = staged_directory(out, manifest=MANIFEST) if made is None else staged_addition(out)
+    with place as staging, _readable_by_exporters(checkpoint) as directory:
         records: dict[Flavor, FlavorRecord] = {}
         unsupported: dict[Flavor, str] = {}
         for flavor in flavors:
             reporter.step(f"exporting {flavor}")
             try:
-                records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer)
+                records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, head)
             except UnsupportedFamily as error:
                 if len(flavors) == 1:
                     raise
                 reporter.warn(str(error))
                 unsupported[flavor] = str(error)
                 shutil.rmtree(staging / flavor)
-        if not records:
+        if made is not None:
+            manifest = made.model_copy(
+                update={"flavors": made.flavors | records, "unsupported": made.unsupported | unsupported}
+            )
+        elif not records:
             raise UserError(f"{checkpoint}: no exporter knows this family: {'; '.join(unsupported.values())}")
-        manifest = BundleManifest(
-            model=pruned.model if pruned else source.name,
-            checkpoint_sha256=checkpoint_sha256,
-            family=type(model).__name__,
-            method=str(pruned.plan["method"]) if pruned else None,
-            allocation=str(pruned.plan["allocation"]) if pruned else None,
-            sparsity_asked=pruned.sparsity_asked if pruned else None,
-            sparsity_achieved=_sparsity(next(iter(records.values())).audit),
-            vocabulary=model.config.vocab_size,
-            context=context_length(model),
-            has_tokenizer=tokenizer is not None,
-            parity_text="random" if tokenizer is None else "passage",
-            flavors=records,
-            unsupported=unsupported,
-            versions=exporter_versions(),
-        )
+        else:
+            manifest = BundleManifest(
+                model=pruned.model if pruned else source.name,
+                checkpoint_sha256=checkpoint_sha256,
+                family=type(model).__name__,
+                method=str(pruned.plan["method"]) if pruned else None,
+                allocation=str(pruned.plan["allocation"]) if pruned else None,
+                sparsity_asked=pruned.sparsity_asked if pruned else None,
+                sparsity_achieved=_sparsity(next(iter(records.values())).audit),
+                vocabulary=model.config.vocab_size,
+                context=context_length(model),
+                has_tokenizer=tokenizer is not None,
+                parity_text="random" if tokenizer is None else "passage",
+                flavors=records,
+                unsupported=unsupported,
+                versions=exporter_versions(),
+            )
         write_text(staging / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
+
+
+def _check_heads(out: Path, made: BundleManifest, flavors: Sequence[Flavor], head: Head | None) -> None:
+    for flavor in flavors:
+        packed = made.flavors[flavor].packed if flavor in made.flavors else None
+        if packed is not None and head not in (None, packed.head):
+            raise UserError(f"{out / flavor}: has a head of {packed.head}; choose another output directory")
 
 
 def _export(
@@ -113,19 +142,85 @@ def _export(
     model: PreTrainedModel,
     ids: TokenIds,
     tokenizer: PreTrainedTokenizerBase | None,
+    head: Head | None,
 ) -> FlavorRecord:
     out.mkdir()
-    source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
+    weights = weights_of(flavor)
+    if weights is None:
+        source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
+        audit, packed = _audit(out / GRAPH, model), None
+        parity = check_parity(out / GRAPH, model, ids)
+    else:
+        source, note = "onnxruntime-genai, packed", f"owl::SparseMatMul on {weights} weights"
+        with tempfile.TemporaryDirectory(dir=out, prefix=".dense-") as dense:
+            audit, packed, stored = _pack(checkpoint, Path(dense), out, model, tokenizer is not None, weights, head)
+        with _weights_of(model, stored):
+            parity = check_parity(out / GRAPH, model, ids, SparseEngine)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    audit = _audit(out / GRAPH, model)
-    parity = check_parity(out / GRAPH, model, ids)
     files = [
         FileRecord(path=str(file.relative_to(out.parent)), bytes=file.stat().st_size, sha256=sha256(file))
         for file in sorted(out.rglob("*"))
         if file.is_file()
     ]
-    return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=files)
+    return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=files, packed=packed)
+
+
+def _pack(
+    checkpoint: Path,
+    dense: Path,
+    out: Path,
+    model: PreTrainedModel,
+    has_tokenizer: bool,
+    weights: Weights,
+    head: Head | None,
+) -> tuple[AuditRecord, PackedRecord, dict[str, NDArray[np.float32]]]:
+    """Make a sparse flavor in `out` by way of a dense graph in `dense`.
+
+    Returns what was found in it, and the weights as they are stored there: [out, in] by the linear's module path.
+    """
+    try:
+        library_path()
+    except UserError as error:
+        raise UnsupportedFamily(str(error)) from error
+    write_genai(checkpoint, dense, has_tokenizer=has_tokenizer)
+    audit = _audit(dense / GRAPH, model)
+    linears_of = rows_of_parts(audit.linears)
+    head = head or ("int8" if weights == "int8" else "fp32")
+    matrices = write_sparse(dense / GRAPH, out / GRAPH, weights=weights, head=head, packable=linears_of)
+    for file in dense.iterdir():
+        if not file.name.startswith(GRAPH):
+            file.rename(out / file.name)
+    modules = dict(model.named_modules())
+    stored: dict[str, NDArray[np.float32]] = {}
+    squares = np.zeros(2)  # of what storing changed, and of the weights
+    for part, stored_as, values in stored_parts(out / GRAPH, matrices):
+        for first, name in [(0, _head_name(model))] if part == HEAD else linears_of[part]:
+            weight = modules[name].weight.detach().numpy()
+            stored[name] = values[first : first + len(weight)]
+            squares += check_stored(name, stored_as, stored[name], weight)
+    changed = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+    return audit, PackedRecord(head=head, error=changed, matrices=matrices), stored
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(head)]
+
+
+@contextlib.contextmanager
+def _weights_of(model: PreTrainedModel, weights: dict[str, NDArray[np.float32]]) -> Iterator[None]:
+    """The model with these weights in its linears, for a while; what they were tied to keeps its own."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].weight for name in weights}
+    try:
+        for name, values in weights.items():
+            modules[name].weight = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
+        yield
+    finally:
+        for name, weight in before.items():
+            modules[name].weight = weight
 
 
 def _standard(checkpoint: Path, out: Path, _: bool) -> tuple[str, str]:

@@ -62,6 +62,15 @@ def _safetensors_files(checkpoint: Path) -> list[Path]:
     return [single]
 
 
+def external_array(graph: Path, tensor: onnx.TensorProto) -> NDArray[Any]:
+    """The values of one of `graph`'s initializers; those that lie in a file beside it are mapped, not read."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(graph.parent / place["location"], dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+
+
 class ExternalData:
     """Appends tensors to one ONNX external-data file, each on a page of its own so that it can be mapped.
 

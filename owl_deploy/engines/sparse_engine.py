@@ -1,0 +1,23 @@
+"""Our own engine: ONNX Runtime with packed sparse weights, through the operator `owl::SparseMatMul`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from owl_deploy.sparse.library import instruction_sets, library_path
+
+KERNELS_VARIABLE = "OWL_DEPLOY_KERNELS"  # an instruction set to use instead of the best; operator.cpp reads it
+
+
+class SparseEngine(OnnxRuntimeEngine):
+    """Runs `sparse-*` graphs, whose weights are mapped from their file and read in place."""
+
+    def _options(self, threads: int) -> Any:
+        options = super()._options(threads)
+        options.register_custom_ops_library(str(library_path()))
+        return options
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"kernels": os.environ.get(KERNELS_VARIABLE) or instruction_sets()[0]}

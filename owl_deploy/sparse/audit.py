@@ -1,0 +1,65 @@
+"""What a sparse graph really holds: every packed matrix read back from the file and held against the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from owl_deploy.errors import CheckFailed
+from owl_deploy.export.tensors import external_array
+from owl_deploy.sparse.graph import MatrixRecord
+from owl_deploy.sparse.library import unpack
+from owl_deploy.sparse.selection import Stored
+
+# The largest error of a stored weight, as a part of the largest of its row; packed32's is a part of the weight itself.
+_ROW_ERROR: dict[Stored, float] = {"packed16": 1.001 / 1023, "int8": 0.501 / 127, "dense8": 0.501 / 127}
+_OWN_ERROR = 2.0**-18
+_SMALLEST = 2.0**-120  # errors below it are those of denormal weights
+
+
+def stored_parts(graph: Path, records: Sequence[MatrixRecord]) -> Iterator[tuple[str, Stored, NDArray[np.float32]]]:
+    """Each packed part of the dense graph: its name there, its format, and its weights [out, in] as stored."""
+    model = onnx.load(str(graph), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for record in records:
+        if record.format == "fp32":
+            continue
+        weights, _ = unpack(external_array(graph, tensors[record.name]))
+        rows = record.rows // len(record.parts)
+        for number, part in enumerate(record.parts):
+            yield part, record.format, weights[number * rows : (number + 1) * rows]
+
+
+def check_stored(
+    name: str, stored_as: Stored, stored: NDArray[np.float32], weight: NDArray[np.float32]
+) -> tuple[float, float]:
+    """Compare a stored weight [out, in] with the pruned one; the squares of their difference and of the weight, summed.
+
+    Raises:
+        CheckFailed: a zero is not one any more, or a value is further off than the format may be.
+    """
+    if (stored[weight == 0] != 0).any():
+        raise CheckFailed(f"{name}: a pruned weight is not zero in the packed graph")
+    if stored_as in ("packed32", "packed16") and (stored[weight != 0] == 0).any():
+        raise CheckFailed(f"{name}: a weight was lost on the way into the packed graph")
+    error = np.abs(stored - weight)
+    if stored_as in _ROW_ERROR:
+        allowed = np.abs(weight).max(axis=1, keepdims=True) * _ROW_ERROR[stored_as]
+    else:
+        allowed = np.abs(weight) * np.float32(_OWN_ERROR)
+    if (error > allowed + _SMALLEST).any():
+        raise CheckFailed(f"{name}: packed as {stored_as}, a weight is off by {error.max():.3g}")
+    return float(np.square(error, dtype=np.float64).sum()), float(np.square(weight, dtype=np.float64).sum())
+
+
+def rows_of_parts(linears: Mapping[str, str]) -> dict[str, list[tuple[int, str]]]:
+    """The audit's `initializer[first column]` of each linear, the other way round: for each initializer its linears."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for linear, place in linears.items():
+        initializer, _, first = place.rstrip("]").rpartition("[")
+        found.setdefault(initializer, []).append((int(first), linear))
+    return found

@@ -1,0 +1,141 @@
+// AVX2 with FMA: 16 lanes are two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "isa_scalar.h"
+#include "layout.h"
+
+namespace owl {
+namespace {
+
+// Where the bits of each 8-bit mask are, as a byte shuffle: entry i says which of the compressed bytes goes to i.
+constexpr auto kExpand8 = [] {
+  std::array<std::uint64_t, 256> table{};
+  for (std::uint64_t mask = 0; mask < 256; ++mask) {
+    std::uint64_t next = 0;
+    for (int i = 0; i < 8; ++i) {
+      const std::uint64_t from = mask >> i & 1 ? next++ : 0x80;  // 0x80: a zero
+      table[mask] |= from << (8 * i);
+    }
+  }
+  return table;
+}();
+
+struct Avx2 {
+  static constexpr const char* kName = "avx2";
+  static constexpr int kVectors = 4;
+  static constexpr std::int64_t kInputOffset = 0;
+
+  struct Lanes {
+    __m256 a, b;
+  };
+  struct Words {
+    __m256i a, b;
+  };
+  struct Table {
+    const float* inputs;
+  };
+  struct Weights8 {
+    __m128i v[4];
+  };
+  struct Sum {
+    __m256i high, low;  // of products with the upper 16 and the lower 8 bits of the inputs
+  };
+
+  static void prefetch(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+  }
+  static Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static void store(float* to, Lanes lanes) {
+    _mm256_storeu_ps(to, lanes.a);
+    _mm256_storeu_ps(to + 8, lanes.b);
+  }
+  static Lanes broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
+  }
+  static Lanes gather(const float* from, const std::uint8_t* places) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
+    return {_mm256_i32gather_ps(from, _mm256_cvtepu8_epi32(bytes), sizeof(float)),
+            _mm256_i32gather_ps(from, _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), sizeof(float))};
+  }
+
+  static Table table(const float* inputs) { return {inputs}; }
+  static Words load_words(const std::uint32_t* from) {
+    const auto* at = reinterpret_cast<const __m256i*>(from);
+    return {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
+  }
+  static Words load_words(const std::uint16_t* from) {
+    const auto* at = reinterpret_cast<const __m128i*>(from);
+    return {_mm256_cvtepi16_epi32(_mm_load_si128(at)), _mm256_cvtepi16_epi32(_mm_load_si128(at + 1))};
+  }
+  template <class Word>
+  static Lanes weight(Words words) {
+    if constexpr (sizeof(Word) == 4) return {_mm256_castsi256_ps(words.a), _mm256_castsi256_ps(words.b)};
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(words.a, 5)), _mm256_cvtepi32_ps(_mm256_srai_epi32(words.b, 5))};
+  }
+  static Lanes lookup(const Table& table, Words words) {
+    const __m256i index_bits = _mm256_set1_epi32(kBlockColumns - 1);
+    return {_mm256_i32gather_ps(table.inputs, _mm256_and_si256(words.a, index_bits), sizeof(float)),
+            _mm256_i32gather_ps(table.inputs, _mm256_and_si256(words.b, index_bits), sizeof(float))};
+  }
+
+  static Weights8 load8(const std::int8_t* from) {
+    const auto* at = reinterpret_cast<const __m128i*>(from);
+    return {{_mm_loadu_si128(at), _mm_loadu_si128(at + 1), _mm_loadu_si128(at + 2), _mm_loadu_si128(at + 3)}};
+  }
+  static Weights8 expand(std::uint64_t mask, const std::int8_t* from) {
+    Weights8 weights;
+    for (__m128i& part : weights.v) {
+      const auto low = static_cast<std::uint8_t>(mask), high = static_cast<std::uint8_t>(mask >> 8);
+      const __m128i first = expand8(low, from);
+      from += std::popcount(low);
+      const __m128i second = expand8(high, from);
+      from += std::popcount(high);
+      part = _mm_unpacklo_epi64(first, second);
+      mask >>= 16;
+    }
+    return weights;
+  }
+  static void store_inputs(std::byte* inputs, std::uint32_t block, const std::int32_t* values) {
+    Scalar::store_inputs(inputs, block, values);
+  }
+  static Sum zero_sum() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static void add_product(Sum& sum, const Weights8& weights, const std::byte* inputs, std::uint32_t block) {
+    const std::byte* at = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+    const auto* high = reinterpret_cast<const __m256i*>(at);
+    const auto* low = reinterpret_cast<const __m128i*>(at + 2 * kMaskColumns);
+    for (int i = 0; i < 4; ++i) {
+      const __m256i w = _mm256_cvtepi8_epi16(weights.v[i]);
+      sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(w, _mm256_loadu_si256(high + i)));
+      const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(low + i));
+      sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(w, x));
+    }
+  }
+  static std::int64_t total(const Sum& sum) { return 256 * add_lanes(sum.high) + add_lanes(sum.low); }
+
+ private:
+  static constexpr std::size_t kPrefetchBytes = 1024;
+
+  static std::int64_t add_lanes(__m256i sum) {
+    std::int32_t lanes[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sum);
+    std::int64_t all = 0;
+    for (const std::int32_t lane : lanes) all += lane;
+    return all;
+  }
+  static __m128i expand8(std::uint8_t mask, const std::int8_t* from) {
+    return _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
+                            _mm_cvtsi64_si128(static_cast<long long>(kExpand8[mask])));
+  }
+};
+
+}  // namespace
+}  // namespace owl

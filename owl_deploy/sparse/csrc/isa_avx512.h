@@ -1,0 +1,95 @@
+// AVX-512 as of Ice Lake and Zen 4: F, BW, VL, DQ, VBMI2 (byte expansion) and VNNI (8-bit products).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace owl {
+namespace {
+
+struct Avx512 {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kVectors = 8;
+  static constexpr std::int64_t kInputOffset = 1 << 23;
+
+  using Lanes = __m512;
+  using Words = __m512i;
+  struct Table {
+    __m512 low, high;
+  };
+  using Weights8 = __m512i;
+  struct Sum {
+    __m512i high, middle, low;  // of products with the three bytes of the inputs
+  };
+
+  static void prefetch(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+  }
+  static Lanes load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
+  static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+  static Lanes gather(const float* from, const std::uint8_t* places) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), from, sizeof(float));
+  }
+
+  static Table table(const float* inputs) { return {_mm512_loadu_ps(inputs), _mm512_loadu_ps(inputs + kLanes)}; }
+  static Words load_words(const std::uint32_t* from) { return _mm512_load_si512(from); }
+  static Words load_words(const std::uint16_t* from) {
+    return _mm512_cvtepi16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  template <class Word>
+  static Lanes weight(Words words) {
+    if constexpr (sizeof(Word) == 4) return _mm512_castsi512_ps(words);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 5));
+  }
+  // The permutation reads 5 bits of each lane: words are indices as they are.
+  static Lanes lookup(const Table& table, Words words) {
+    return _mm512_permutex2var_ps(table.low, words, table.high);
+  }
+
+  static Weights8 load8(const std::int8_t* from) { return _mm512_loadu_si512(from); }
+  static Weights8 expand(std::uint64_t mask, const std::int8_t* from) {
+    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
+  }
+  // An input plus 2^23 is an unsigned number of three bytes, and unsigned bytes are what VPDPBUSD wants.
+  static void store_inputs(std::byte* inputs, std::uint32_t block, const std::int32_t* values) {
+    std::byte* to = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+    for (std::uint32_t i = 0; i < kMaskColumns; i += kLanes, to += kLanes) {
+      const __m512i x = _mm512_add_epi32(_mm512_loadu_si512(values + i), _mm512_set1_epi32(1 << 23));
+      const auto store = [to](std::uint32_t plane, __m512i v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + plane * kMaskColumns), _mm512_cvtepi32_epi8(v));
+      };
+      store(0, _mm512_srli_epi32(x, 16));
+      store(1, _mm512_srli_epi32(x, 8));
+      store(2, x);
+    }
+  }
+  static Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  static void add_product(Sum& sum, Weights8 weights, const std::byte* inputs, std::uint32_t block) {
+    const std::byte* x = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+    sum.high = _mm512_dpbusd_epi32(sum.high, _mm512_loadu_si512(x), weights);
+    sum.middle = _mm512_dpbusd_epi32(sum.middle, _mm512_loadu_si512(x + kMaskColumns), weights);
+    sum.low = _mm512_dpbusd_epi32(sum.low, _mm512_loadu_si512(x + 2 * kMaskColumns), weights);
+  }
+  // Lane by lane the upper two sums fit in 32 bits together: 2048 columns give a lane of `high` 2^22 at most.
+  static std::int64_t total(const Sum& sum) {
+    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.middle);
+    const auto wide = [](__m512i v) {
+      return _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
+                              _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+    };
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_slli_epi64(wide(upper), 8), wide(sum.low)));
+  }
+
+ private:
+  static constexpr std::size_t kPrefetchBytes = 1024;
+};
+
+}  // namespace
+}  // namespace owl

@@ -1,0 +1,9 @@
+#include "isa_avx512.h"
+#include "product.h"
+
+namespace owl {
+
+extern const Kernels kAvx512Kernels;
+const Kernels kAvx512Kernels = {Avx512::kName, run_stage<Avx512>};
+
+}  // namespace owl

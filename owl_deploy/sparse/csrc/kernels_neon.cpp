@@ -1,0 +1,9 @@
+#include "isa_neon.h"
+#include "product.h"
+
+namespace owl {
+
+extern const Kernels kNeonKernels;
+const Kernels kNeonKernels = {Neon::kName, run_stage<Neon>};
+
+}  // namespace owl

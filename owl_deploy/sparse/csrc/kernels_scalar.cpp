@@ -1,0 +1,9 @@
+#include "isa_scalar.h"
+#include "product.h"
+
+namespace owl {
+
+extern const Kernels kScalarKernels;
+const Kernels kScalarKernels = {Scalar::kName, run_stage<Scalar>};
+
+}  // namespace owl

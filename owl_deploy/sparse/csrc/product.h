@@ -1,0 +1,451 @@
+// The kernels, written once. An instruction set is a class of a few operations on 16 lanes (isa_*.h); everything here
+// is a template over it, and is compiled in one translation unit for each (kernels_*.cpp).
+//
+// Few tokens (decode): a unit's weights go through registers once for up to four tokens. Of the packed formats a
+// register holds one weight for each of 16 rows, and is its own index into the 32 inputs of the block. Of the 8-bit
+// formats a row's weights are expanded by their mask and multiplied with 24-bit inputs, in exact integer arithmetic.
+//
+// Many tokens (prefill): inputs are transposed to [columns, tokens], and each weight multiplies a row of them, so that
+// registers hold one output for 16 tokens each and every format has the same inner loop.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace owl {
+namespace {
+
+constexpr std::int64_t kManyTokens = 16;        // from here on, tokens lie in lanes
+constexpr std::int64_t kTileTokens = 128;       // most of a tile; its 32 rows of a block of inputs fit in L1
+constexpr std::uint32_t kFlushColumns = 2048;   // 8-bit products are summed in 32 bits over no more of them
+constexpr std::int64_t kTransposed = 256;       // columns that one item of the first stage transposes
+constexpr std::int64_t kSerialSums = 1 << 15;   // partial sums that are not worth another thread
+constexpr float kInputLevels = 8388607;          // the largest 24-bit input of an 8-bit product
+constexpr int kFewTokens = 4;                   // that go through the units together
+
+// ---- What is in the scratch memory ----
+
+// Many tokens: the inputs, transposed, tile by tile.
+struct Tiles {
+  std::int64_t count, tokens;  // of each tile, a multiple of 16
+  std::int64_t columns;
+
+  Tiles(const Header& h, std::int64_t all) {
+    count = ceil_div(all, kTileTokens);
+    tokens = round_up(ceil_div(all, count), std::int64_t{kLanes});
+    columns = padded_columns(h);
+  }
+  std::size_t bytes() const { return static_cast<std::size_t>(count * tokens * columns) * sizeof(float); }
+};
+
+// Few tokens: their inputs, padded to whole blocks (packed) or in 24 bits with a scale (8-bit); partial sums by panel.
+struct Inputs {
+  std::size_t stride, partials;  // bytes of a token's inputs, and of all partial sums
+
+  Inputs(const Header& h, std::int64_t tokens) {
+    const std::size_t width = is_packed(h.format) ? sizeof(float) : kInputBytes;
+    stride = round_up(padded_columns(h) * width, kAlignment) + kAlignment;  // the scale lies behind them
+    partials = h.panels == 1 ? 0 : static_cast<std::size_t>(tokens) * h.rows * h.panels * sizeof(float);
+  }
+  std::size_t bytes(std::int64_t tokens) const { return stride * static_cast<std::size_t>(tokens) + partials; }
+  static float* scale_of(std::byte* inputs, const Header& h) {
+    return reinterpret_cast<float*>(inputs + round_up(std::size_t{padded_columns(h)} * kInputBytes, kAlignment));
+  }
+};
+
+// ---- Outputs ----
+
+// e^x in plain arithmetic, to 2 units in the last place, so that a compiler can vectorise a loop of it.
+inline float exponential(float x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float rounded = x * kLog2E + kRound;
+  const float n = rounded - kRound;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const std::uint32_t power = (std::bit_cast<std::uint32_t>(rounded) << 23) + 0x3F800000u;
+  return p * std::bit_cast<float>(power);
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+// From a slice's sums to outputs: `stride` floats lie between one row's sum and the next.
+inline void finish(const Packed& packed, std::uint32_t slice, const float* sums, float* y) {
+  const Header& h = *packed.header;
+  const std::uint32_t rows = rows_of(h, slice);
+  float scaled[kMaxRows];
+  if (h.format == Format::packed16) {
+    const float* scales = packed.scales + std::size_t{slice} * h.slice_rows;
+    for (std::uint32_t i = 0; i < rows; ++i) scaled[i] = sums[i] * scales[i];
+    sums = scaled;
+  }
+  if (h.paired) {
+    const std::uint32_t half = rows / 2;
+    float* out = y + std::size_t{slice} * (h.slice_rows / 2);
+    for (std::uint32_t i = 0; i < half; ++i) out[i] = silu(sums[i]) * sums[half + i];
+  } else {
+    std::memcpy(y + std::size_t{slice} * h.slice_rows, sums, rows * sizeof(float));
+  }
+}
+
+// ---- Few tokens ----
+
+template <class Isa, class Word, int kTokens>
+void packed_unit(const Packed& packed, std::uint32_t slice, std::uint32_t panel, const float* const* inputs,
+                 float (*sums)[kMaxRows]) {
+  const Header& h = *packed.header;
+  const std::uint8_t* unit = packed.data + packed.units[std::size_t{slice} * h.panels + panel];
+  const std::uint32_t groups = groups_of(rows_of(h, slice)), blocks = blocks_of(h, panel);
+  const auto* words = reinterpret_cast<const Word*>(unit + words_offset(groups, blocks));
+  alignas(64) float buffers[2][kTokens][kMaxRows];  // the rows' sums, as the last block and as this one orders them
+  std::memset(buffers[0], 0, sizeof(buffers[0]));
+  const std::uint8_t* record = unit;
+  for (std::uint32_t block = 0; block < blocks; ++block, record += record_bytes(groups)) {
+    const auto& from = buffers[block % 2];
+    auto& to = buffers[1 - block % 2];
+    typename Isa::Table table[kTokens];
+    for (int t = 0; t < kTokens; ++t) table[t] = Isa::table(inputs[t] + std::size_t{block} * kBlockColumns);
+    for (std::uint32_t group = 0; group < groups; ++group) {
+      const std::uint8_t* places = record + groups + std::size_t{group} * kLanes;
+      typename Isa::Lanes sum[kTokens];
+      for (int t = 0; t < kTokens; ++t) sum[t] = Isa::gather(from[t], places);
+      const std::uint32_t steps = record[group];
+      for (std::uint32_t step = 0; step < steps; ++step, words += kLanes) {
+        Isa::prefetch(words);
+        const auto word = Isa::load_words(words);
+        const auto weight = Isa::template weight<Word>(word);
+        for (int t = 0; t < kTokens; ++t) sum[t] = Isa::multiply_add(weight, Isa::lookup(table[t], word), sum[t]);
+      }
+      for (int t = 0; t < kTokens; ++t) Isa::store(to[t] + std::size_t{group} * kLanes, sum[t]);
+    }
+  }
+  for (std::uint32_t group = 0; group < groups; ++group) {
+    for (int t = 0; t < kTokens; ++t) {
+      Isa::store(sums[t] + std::size_t{group} * kLanes,
+                 Isa::gather(buffers[blocks % 2][t], record + std::size_t{group} * kLanes));
+    }
+  }
+}
+
+template <class Isa, bool kMasked, int kTokens>
+void int8_unit(const Packed& packed, std::uint32_t slice, std::byte* const* inputs, float (*sums)[kMaxRows]) {
+  const Header& h = *packed.header;
+  const std::uint8_t* unit = packed.data + packed.units[slice];
+  const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
+  const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
+  const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
+                       (kMasked ? std::size_t{rows} * blocks * sizeof(std::uint64_t) : 0);
+  const std::size_t first = std::size_t{slice} * h.slice_rows;
+  for (std::uint32_t row = 0; row < rows; ++row) {
+    std::int64_t total[kTokens];
+    for (int t = 0; t < kTokens; ++t) total[t] = -Isa::kInputOffset * packed.sums[first + row];
+    for (std::uint32_t block = 0; block < blocks;) {
+      typename Isa::Sum sum[kTokens];
+      for (int t = 0; t < kTokens; ++t) sum[t] = Isa::zero_sum();
+      const std::uint32_t end = std::min(blocks, block + kFlushColumns / kMaskColumns);
+      for (; block < end; ++block) {
+        Isa::prefetch(values);
+        typename Isa::Weights8 weights;
+        if constexpr (kMasked) {
+          const std::uint64_t mask = *masks++;
+          weights = Isa::expand(mask, values);
+          values += std::popcount(mask);
+        } else {
+          weights = Isa::load8(values);
+          values += kMaskColumns;
+        }
+        for (int t = 0; t < kTokens; ++t) Isa::add_product(sum[t], weights, inputs[t], block);
+      }
+      for (int t = 0; t < kTokens; ++t) total[t] += Isa::total(sum[t]);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const float scale = *Inputs::scale_of(inputs[t], h) * packed.scales[first + row];
+      sums[t][row] = static_cast<float>(total[t]) * scale;
+    }
+  }
+}
+
+// Inputs of one token as the unit kernels read them.
+template <class Isa>
+void prepare(const Header& h, const float* x, std::byte* inputs) {
+  if (is_packed(h.format)) {
+    std::memcpy(inputs, x, h.columns * sizeof(float));
+    std::memset(inputs + h.columns * sizeof(float), 0, (padded_columns(h) - h.columns) * sizeof(float));
+    return;
+  }
+  float largest = 0, poison = 0;
+  for (std::uint32_t c = 0; c < h.columns; ++c) {
+    largest = std::fabs(x[c]) > largest ? std::fabs(x[c]) : largest;
+    poison += x[c] * 0.0f;  // NaN if any input is not finite
+  }
+  // 24 bits are what a float has: even beside the largest outlier, inputs lose no more than fp32 sums do.
+  const float inverse = largest > 0 && poison == 0 ? kInputLevels / largest : 0.0f;
+  alignas(64) std::int32_t quantised[kMaskColumns];
+  for (std::uint32_t c = 0; c < h.columns; c += kMaskColumns) {
+    const std::uint32_t width = std::min(kMaskColumns, h.columns - c);
+    std::memset(quantised, 0, sizeof(quantised));
+    for (std::uint32_t i = 0; i < width; ++i) {
+      const float level = inverse == 0 ? 0.0f : std::nearbyint(x[c + i] * inverse);
+      quantised[i] = static_cast<std::int32_t>(std::min(std::max(level, -kInputLevels), kInputLevels));
+    }
+    Isa::store_inputs(inputs, c / kMaskColumns, quantised);
+  }
+  *Inputs::scale_of(inputs, h) = largest / kInputLevels + poison;
+}
+
+template <class Isa, int kTokens>
+void few_tokens_unit(const Product& p, std::uint32_t slice, std::uint32_t panel, std::int64_t first) {
+  const Packed& packed = *p.weights;
+  const Header& h = *packed.header;
+  const Inputs layout(h, p.tokens);
+  std::byte* inputs[kTokens];
+  const float* values[kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    inputs[t] = p.scratch + layout.stride * static_cast<std::size_t>(first + t);
+    values[t] = reinterpret_cast<const float*>(inputs[t]) + std::size_t{panel} * h.panel_columns;
+  }
+  alignas(64) float sums[kTokens][kMaxRows];
+  switch (h.format) {
+    case Format::packed32: packed_unit<Isa, std::uint32_t, kTokens>(packed, slice, panel, values, sums); break;
+    case Format::packed16: packed_unit<Isa, std::uint16_t, kTokens>(packed, slice, panel, values, sums); break;
+    case Format::int8: int8_unit<Isa, true, kTokens>(packed, slice, inputs, sums); break;
+    case Format::dense8: int8_unit<Isa, false, kTokens>(packed, slice, inputs, sums); break;
+  }
+  auto* partials = reinterpret_cast<float*>(p.scratch + layout.stride * static_cast<std::size_t>(p.tokens));
+  for (int t = 0; t < kTokens; ++t) {
+    if (h.panels == 1) {
+      finish(packed, slice, sums[t], p.y + (first + t) * outputs(packed));
+    } else {  // [tokens, slices, panels, rows of the slice]
+      float* to = partials + (first + t) * h.rows * h.panels + std::size_t{slice} * h.slice_rows * h.panels;
+      std::memcpy(to + std::size_t{panel} * rows_of(h, slice), sums[t], rows_of(h, slice) * sizeof(float));
+    }
+  }
+}
+
+template <class Isa>
+void few_tokens_item(const Product& p, std::int64_t item) {
+  const auto panels = static_cast<std::int64_t>(p.weights->header->panels);
+  const auto slice = static_cast<std::uint32_t>(item / panels), panel = static_cast<std::uint32_t>(item % panels);
+  std::int64_t token = 0;  // the unit stays in the cache while its tokens take turns
+  for (; token + kFewTokens <= p.tokens; token += kFewTokens) {
+    few_tokens_unit<Isa, kFewTokens>(p, slice, panel, token);
+  }
+  for (; token + 2 <= p.tokens; token += 2) few_tokens_unit<Isa, 2>(p, slice, panel, token);
+  for (; token < p.tokens; ++token) few_tokens_unit<Isa, 1>(p, slice, panel, token);
+}
+
+inline void add_panels(const Product& p, std::uint32_t slice) {
+  const Header& h = *p.weights->header;
+  const Inputs layout(h, p.tokens);
+  const std::uint32_t rows = rows_of(h, slice);
+  const auto* partials = reinterpret_cast<const float*>(p.scratch + layout.stride * static_cast<std::size_t>(p.tokens));
+  for (std::int64_t token = 0; token < p.tokens; ++token) {
+    const float* from = partials + token * h.rows * h.panels + std::size_t{slice} * h.slice_rows * h.panels;
+    float sums[kMaxRows];
+    std::memcpy(sums, from, rows * sizeof(float));
+    for (std::uint32_t panel = 1; panel < h.panels; ++panel) {
+      for (std::uint32_t i = 0; i < rows; ++i) sums[i] += from[std::size_t{panel} * rows + i];
+    }
+    finish(*p.weights, slice, sums, p.y + token * outputs(*p.weights));
+  }
+}
+
+// ---- Many tokens ----
+
+inline void transpose(const Product& p, std::int64_t item) {
+  const Header& h = *p.weights->header;
+  const Tiles tiles(h, p.tokens);
+  const std::int64_t pieces = ceil_div(tiles.columns, kTransposed);
+  const std::int64_t tile = item / pieces, first = item % pieces * kTransposed;
+  const std::int64_t end = std::min(first + kTransposed, tiles.columns);
+  float* to = reinterpret_cast<float*>(p.scratch) + tile * tiles.tokens * tiles.columns;
+  const std::int64_t begin = tile * tiles.tokens, count = std::min(tiles.tokens, p.tokens - begin);
+  for (std::int64_t c = first; c < end; c += kLanes) {  // 16 x 16 at a time: a line of cache each way
+    for (std::int64_t t = 0; t < tiles.tokens; t += kLanes) {
+      for (std::int64_t i = 0; i < kLanes; ++i) {
+        for (std::int64_t j = 0; j < kLanes; ++j) {
+          const bool inside = c + i < h.columns && t + j < count;
+          to[(c + i) * tiles.tokens + t + j] = inside ? p.x[(begin + t + j) * h.columns + c + i] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// Row by row: sums[0 .. kVectors * 16) += weights times rows of `x`. `next(column, weight)` gives the weights.
+template <class Isa, int kVectors, class Next>
+inline void add_row(float* sums, const float* x, std::int64_t stride, Next next) {
+  typename Isa::Lanes sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = Isa::load(sums + v * kLanes);
+  std::uint32_t column;
+  float weight;
+  while (next(column, weight)) {
+    const float* inputs = x + column * stride;
+    const auto w = Isa::broadcast(weight);
+    for (int v = 0; v < kVectors; ++v) sum[v] = Isa::multiply_add(w, Isa::load(inputs + v * kLanes), sum[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) Isa::store(sums + v * kLanes, sum[v]);
+}
+
+// All vectors of a tile, as many at a time as the registers hold.
+template <class Isa, class Make>
+inline void add_rows(float* sums, const float* x, std::int64_t stride, Make make) {
+  std::int64_t done = 0;
+  for (; done + Isa::kVectors * std::int64_t{kLanes} <= stride; done += Isa::kVectors * std::int64_t{kLanes}) {
+    add_row<Isa, Isa::kVectors>(sums + done, x + done, stride, make());
+  }
+  for (; done + 2 * std::int64_t{kLanes} <= stride; done += 2 * std::int64_t{kLanes}) {
+    add_row<Isa, 2>(sums + done, x + done, stride, make());
+  }
+  if (done < stride) add_row<Isa, 1>(sums + done, x + done, stride, make());
+}
+
+template <class Isa, class Word>
+void packed_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
+  const Header& h = *packed.header;
+  const std::uint32_t groups = groups_of(rows_of(h, slice));
+  for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
+    const std::uint8_t* unit = packed.data + packed.units[std::size_t{slice} * h.panels + panel];
+    const std::uint32_t blocks = blocks_of(h, panel);
+    const auto* words = reinterpret_cast<const Word*>(unit + words_offset(groups, blocks));
+    std::uint8_t order[2][kMaxRows];  // the row at each place, in the last block and in this one
+    for (std::uint32_t i = 0; i < kMaxRows; ++i) order[0][i] = static_cast<std::uint8_t>(i);
+    for (std::uint32_t block = 0; block < blocks; ++block) {
+      const std::uint8_t* record = unit + std::size_t{block} * record_bytes(groups);
+      const std::uint8_t* before = order[block % 2];
+      std::uint8_t* now = order[1 - block % 2];
+      for (std::uint32_t group = 0; group < groups; ++group) {
+        const std::uint32_t steps = record[group];
+        for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+          const std::uint32_t place = group * kLanes + lane;
+          now[place] = before[record[groups + place]];
+          const Word* lane_words = words + lane;
+          add_rows<Isa>(sums + now[place] * stride, x, stride, [=] {
+            return [at = lane_words, end = lane_words + std::size_t{steps} * kLanes](std::uint32_t& column,
+                                                                                  float& weight) mutable {
+              if (at == end || *at == 0) return false;
+              column = *at % kBlockColumns;
+              if constexpr (sizeof(Word) == 4) {
+                weight = std::bit_cast<float>(*at);
+              } else {
+                weight = static_cast<float>(static_cast<std::int16_t>(*at) >> 5);
+              }
+              at += kLanes;
+              return true;
+            };
+          });
+        }
+        words += std::size_t{steps} * kLanes;
+      }
+      x += kBlockColumns * stride;
+    }
+  }
+}
+
+template <class Isa, bool kMasked>
+void int8_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
+  const Header& h = *packed.header;
+  const std::uint8_t* unit = packed.data + packed.units[slice];
+  const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
+  const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
+  const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
+                       (kMasked ? std::size_t{rows} * blocks * sizeof(std::uint64_t) : 0);
+  const std::int8_t* at_row[kMaxRows];
+  for (std::uint32_t row = 0; row < rows; ++row) {
+    at_row[row] = values;
+    for (std::uint32_t block = 0; block < blocks; ++block) {
+      values += kMasked ? std::popcount(masks[std::size_t{row} * blocks + block]) : static_cast<int>(kMaskColumns);
+    }
+  }
+  for (std::uint32_t half = 0; half < 2 * blocks; ++half, x += kBlockColumns * stride) {
+    for (std::uint32_t row = 0; row < rows; ++row) {
+      const std::int8_t* at = at_row[row];
+      std::uint32_t bits = ~0U;
+      if constexpr (kMasked) {
+        bits = static_cast<std::uint32_t>(masks[std::size_t{row} * blocks + half / 2] >> (half % 2 * kBlockColumns));
+      }
+      add_rows<Isa>(sums + row * stride, x, stride, [=] {
+        return [at, bits](std::uint32_t& column, float& weight) mutable {
+          if (bits == 0) return false;
+          column = static_cast<std::uint32_t>(std::countr_zero(bits));
+          bits &= bits - 1;
+          weight = static_cast<float>(*at++);
+          return true;
+        };
+      });
+      at_row[row] += std::popcount(bits);
+    }
+  }
+  const float* scales = packed.scales + std::size_t{slice} * h.slice_rows;
+  for (std::uint32_t row = 0; row < rows; ++row) {
+    for (std::int64_t t = 0; t < stride; ++t) sums[row * stride + t] *= scales[row];
+  }
+}
+
+template <class Isa>
+void many_tokens_item(const Product& p, std::int64_t item) {
+  const Packed& packed = *p.weights;
+  const Header& h = *packed.header;
+  const Tiles tiles(h, p.tokens);
+  const auto slice = static_cast<std::uint32_t>(item / tiles.count);
+  const std::int64_t tile = item % tiles.count;
+  const float* x = reinterpret_cast<const float*>(p.scratch) + tile * tiles.tokens * tiles.columns;
+  alignas(64) float sums[kMaxRows * kTileTokens];
+  const std::uint32_t rows = groups_of(rows_of(h, slice)) * kLanes;
+  std::memset(sums, 0, static_cast<std::size_t>(rows * tiles.tokens) * sizeof(float));
+  switch (h.format) {
+    case Format::packed32: packed_tile<Isa, std::uint32_t>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::packed16: packed_tile<Isa, std::uint16_t>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::int8: int8_tile<Isa, true>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::dense8: int8_tile<Isa, false>(packed, slice, x, tiles.tokens, sums); break;
+  }
+  const std::int64_t first = tile * tiles.tokens, count = std::min(tiles.tokens, p.tokens - first);
+  for (std::int64_t t = 0; t < count; t += kLanes) {
+    const std::int64_t width = std::min<std::int64_t>(kLanes, count - t);
+    alignas(64) float columns[kLanes][kMaxRows];
+    for (std::uint32_t row = 0; row < rows; ++row) {
+      for (std::int64_t j = 0; j < width; ++j) columns[j][row] = sums[row * tiles.tokens + t + j];
+    }
+    for (std::int64_t j = 0; j < width; ++j) finish(packed, slice, columns[j], p.y + (first + t + j) * outputs(packed));
+  }
+}
+
+// ---- The stages ----
+
+template <class Isa>
+void run_stage(const Product& p, int stage, std::int64_t item) {
+  const Header& h = *p.weights->header;
+  if (p.tokens >= kManyTokens) {
+    if (stage == 0) transpose(p, item);
+    if (stage == 1) many_tokens_item<Isa>(p, item);
+    return;
+  }
+  if (stage == 0) {
+    const Inputs layout(h, p.tokens);
+    for (std::int64_t t = 0; t < p.tokens; ++t) {
+      prepare<Isa>(h, p.x + t * h.columns, p.scratch + layout.stride * static_cast<std::size_t>(t));
+    }
+  }
+  if (stage == 1) few_tokens_item<Isa>(p, item);
+  if (stage == 2) {
+    const bool serial = p.tokens * h.rows * h.panels <= kSerialSums;
+    const auto first = static_cast<std::uint32_t>(serial ? 0 : item);
+    const std::uint32_t end = serial ? h.slices : first + 1;
+    for (std::uint32_t slice = first; slice < end; ++slice) add_panels(p, slice);
+  }
+}
+
+}  // namespace
+}  // namespace owl
