@@ -171,7 +171,8 @@ def test_an_engine_that_cannot_be_installed_here_stays_for_its_rows_to_say_so(
 def test_an_unknown_engine_is_refused(run_cli: RunCli) -> None:
     ran = run_cli("engines", "install", "fastest")
     assert ran.code == 2
-    assert "onnxruntime, deepsparse" in ran.stderr
+    assert "onnxruntime, sparse-packed32" in ran.stderr
+    assert "deepsparse" in ran.stderr
 
 
 def test_an_installation_that_failed_does_not_count_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

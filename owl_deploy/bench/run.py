@@ -61,7 +61,7 @@ def bench_bundles(
         UserError: a bundle is not one, they are of different vocabularies, or the machine is busy.
     """
     manifests = {bundle: read_bundle(bundle) for bundle in bundles}
-    _check_files(manifests)
+    check_files(manifests)
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines)
@@ -107,7 +107,7 @@ def _export_options(flavor: Flavor) -> str:
     return f"--flavor {flavor}" if weights is None else f"--flavor sparse --weights {weights}"
 
 
-def _check_files(manifests: dict[Path, BundleManifest]) -> None:
+def check_files(manifests: dict[Path, BundleManifest]) -> None:
     """Refuse bundles whose graphs were cut short or replaced."""
     for bundle, manifest in manifests.items():
         for record in manifest.flavors.values():
@@ -129,8 +129,7 @@ def _workload(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Re
         )
     windows = _windows(bundle, manifest, flavor, request)
     if windows is None:
-        rng = random.Random(_PROMPT_SEED)
-        prompt = [rng.randrange(manifest.vocabulary) for _ in range(request.prompt)]
+        prompt = random_prompt(manifest.vocabulary, request.prompt)
     else:
         tokens = windows.ids.flatten()
         if len(tokens) < request.prompt:
@@ -157,6 +156,12 @@ def _windows(bundle: Path, manifest: BundleManifest, flavor: Flavor, request: Re
     windows = evaluation_windows(request.text, tokenizer, seqlen=seqlen)
     check_windows(windows, vocabulary=manifest.vocabulary, context=manifest.context)
     return windows
+
+
+def random_prompt(vocabulary: int, length: int) -> list[int]:
+    """The token ids that stand in for a text; always the same."""
+    rng = random.Random(_PROMPT_SEED)
+    return [rng.randrange(vocabulary) for _ in range(length)]
 
 
 def first_available_text() -> str | None:

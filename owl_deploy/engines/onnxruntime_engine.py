@@ -19,13 +19,19 @@ class OnnxRuntimeEngine:
     A graph that lies beside a `genai_config.json` attends with GroupQueryAttention, which appends to its cache in
     place: past and present are bound to one buffer of `context` tokens. Any other graph returns a longer cache
     each step, which becomes the next step's past without a copy of our own.
+
+    With `profile`, a path, ONNX Runtime notes what each of its operators takes; see `end_profile`.
     """
 
-    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...] = (), profile: Path | None = None
+    ) -> None:
         del prompts  # shapes are dynamic: nothing is compiled per length
-        self._session = onnxruntime.InferenceSession(
-            str(graph), self._options(threads), providers=["CPUExecutionProvider"]
-        )
+        options = self._options(threads)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
@@ -61,6 +67,10 @@ class OnnxRuntimeEngine:
     def decode(self, token: int) -> Logits:
         logits: Logits = self._run(np.array([token], np.int64))[0]
         return logits
+
+    def end_profile(self) -> Path:
+        """Write what was noted so far; the JSON file, whose name begins with `profile`."""
+        return Path(self._session.end_profiling())
 
     def _run(self, ids: TokenIds) -> Logits:
         """Append `ids` to the sequence; logits [len(ids), vocab]."""

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -91,16 +92,18 @@ def export_checkpoint(
     with place as staging, _readable_by_exporters(checkpoint) as directory:
         records: dict[Flavor, FlavorRecord] = {}
         unsupported: dict[Flavor, str] = {}
+        dense = _DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
         for flavor in flavors:
             reporter.step(f"exporting {flavor}")
             try:
-                records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, head)
+                records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, dense, head)
             except UnsupportedFamily as error:
                 if len(flavors) == 1:
                     raise
                 reporter.warn(str(error))
                 unsupported[flavor] = str(error)
                 shutil.rmtree(staging / flavor)
+        dense.remove()
         if made is not None:
             manifest = made.model_copy(
                 update={"flavors": made.flavors | records, "unsupported": made.unsupported | unsupported}
@@ -142,6 +145,7 @@ def _export(
     model: PreTrainedModel,
     ids: TokenIds,
     tokenizer: PreTrainedTokenizerBase | None,
+    dense: _DenseGraph,
     head: Head | None,
 ) -> FlavorRecord:
     out.mkdir()
@@ -152,8 +156,7 @@ def _export(
         parity = check_parity(out / GRAPH, model, ids)
     else:
         source, note = "onnxruntime-genai, packed", f"owl::SparseMatMul on {weights} weights"
-        with tempfile.TemporaryDirectory(dir=out, prefix=".dense-") as dense:
-            audit, packed, stored = _pack(checkpoint, Path(dense), out, model, tokenizer is not None, weights, head)
+        audit, packed, stored = _pack(dense, out, weights, head)
         with _weights_of(model, stored):
             parity = check_parity(out / GRAPH, model, ids, SparseEngine)
     if tokenizer is not None:
@@ -166,16 +169,31 @@ def _export(
     return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=files, packed=packed)
 
 
+class _DenseGraph:
+    """The graph of onnxruntime-genai that the sparse flavors are made from; made when first asked for."""
+
+    def __init__(self, checkpoint: Path, directory: Path, model: PreTrainedModel, has_tokenizer: bool) -> None:
+        self.directory = directory
+        self.model = model
+        self._checkpoint = checkpoint
+        self._has_tokenizer = has_tokenizer
+
+    @cached_property
+    def audit(self) -> AuditRecord:
+        """Where its weights are."""
+        self.remove()  # what an attempt that failed left
+        self.directory.mkdir()
+        write_genai(self._checkpoint, self.directory, has_tokenizer=self._has_tokenizer)
+        return _audit(self.directory / GRAPH, self.model)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
 def _pack(
-    checkpoint: Path,
-    dense: Path,
-    out: Path,
-    model: PreTrainedModel,
-    has_tokenizer: bool,
-    weights: Weights,
-    head: Head | None,
+    dense: _DenseGraph, out: Path, weights: Weights, head: Head | None
 ) -> tuple[AuditRecord, PackedRecord, dict[str, NDArray[np.float32]]]:
-    """Make a sparse flavor in `out` by way of a dense graph in `dense`.
+    """Make a sparse flavor in `out` from a dense graph.
 
     Returns what was found in it, and the weights as they are stored there: [out, in] by the linear's module path.
     """
@@ -183,14 +201,13 @@ def _pack(
         library_path()
     except UserError as error:
         raise UnsupportedFamily(str(error)) from error
-    write_genai(checkpoint, dense, has_tokenizer=has_tokenizer)
-    audit = _audit(dense / GRAPH, model)
+    audit, model = dense.audit, dense.model
     linears_of = rows_of_parts(audit.linears)
     head = head or ("int8" if weights == "int8" else "fp32")
-    matrices = write_sparse(dense / GRAPH, out / GRAPH, weights=weights, head=head, packable=linears_of)
-    for file in dense.iterdir():
-        if not file.name.startswith(GRAPH):
-            file.rename(out / file.name)
+    matrices = write_sparse(dense.directory / GRAPH, out / GRAPH, weights=weights, head=head, packable=linears_of)
+    for file in dense.directory.iterdir():
+        if file.is_file() and not file.name.startswith(GRAPH):
+            shutil.copy(file, out / file.name)
     modules = dict(model.named_modules())
     stored: dict[str, NDArray[np.float32]] = {}
     squares = np.zeros(2)  # of what storing changed, and of the weights

@@ -17,7 +17,7 @@ from owl_deploy.report.series import Series, by_series, model_name
 from owl_deploy.report.text import enumeration
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _PAPER_LABEL = "the paper's Table 8 (TinyLlama-1.1B, DeepSparse)"
 
@@ -43,7 +43,7 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
     figure.legend(*speed_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_speedups(axes: Axes, series: Sequence[Series]) -> None:
@@ -61,7 +61,7 @@ def _draw_speedups(axes: Axes, series: Sequence[Series]) -> None:
             _percentages(rows),
             speedups,
             yerr=_error_bars(rows, speedups),
-            color=_COLOURS[index % len(_COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=6,
             capsize=4,
@@ -82,7 +82,7 @@ def _draw_perplexities(axes: Axes, series: Sequence[Series]) -> None:
         axes.plot(
             _percentages(rows),
             perplexities,
-            color=_COLOURS[index % len(_COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=5 + 5 * rest,
             linewidth=1.5 + 3 * rest,
@@ -124,7 +124,8 @@ def _error_bars(rows: Sequence[Row], speedups: Sequence[float]) -> tuple[list[fl
     return below, above
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all; equal figures give equal bytes."""
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         try:

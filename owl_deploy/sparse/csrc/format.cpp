@@ -23,6 +23,7 @@ const char* check_header(const Header& h, std::size_t size) {
   const std::uint32_t halves = h.paired ? 2 : 1;
   if (h.slices != ceil_div(h.rows / halves, h.slice_rows / halves)) return "impossible slices";
   if (h.panel_columns == 0 || h.panel_columns % block_columns(h.format) != 0) return "impossible panels";
+  if (h.panel_columns > padded_columns(h)) return "impossible panels";  // near 2^32, ceil_div would give 0 of them
   if (h.panels != ceil_div(h.columns, h.panel_columns)) return "impossible panels";
   if (!is_packed(h.format) && h.panels != 1) return "impossible panels";
   return nullptr;
@@ -85,20 +86,23 @@ const char* check_packed_unit(const Header& h, const std::uint8_t* unit, std::ui
 }
 
 const char* check_int8_unit(const Header& h, const std::uint8_t* unit, std::uint64_t length, std::uint32_t slice) {
-  const std::uint64_t rows = rows_of(h, slice), masks = blocks_of(h, 0);
-  std::uint64_t values = rows * masks * kMaskColumns;
+  const std::uint64_t rows = rows_of(h, slice), stored = stored_rows(rows_of(h, slice)), blocks = blocks_of(h, 0);
+  std::uint64_t values = stored * blocks * kMaskColumns;
   std::uint64_t mask_bytes = 0;
   if (h.format == Format::int8) {
-    mask_bytes = rows * masks * sizeof(std::uint64_t);
+    mask_bytes = stored * blocks * sizeof(std::uint64_t);
     if (mask_bytes > length) return "a unit is too short";
     const std::uint32_t ragged = h.columns % kMaskColumns;
     const std::uint64_t beyond = ragged == 0 ? 0 : ~std::uint64_t{0} << ragged;
     values = 0;
-    for (std::uint64_t i = 0; i < rows * masks; ++i) {
+    for (std::uint64_t i = 0; i < stored * blocks; ++i) {
       std::uint64_t mask;
       std::memcpy(&mask, unit + i * sizeof(mask), sizeof(mask));
       values += std::popcount(mask);
-      if (i % masks == masks - 1 && (mask & beyond) != 0) return "a column index is out of range";
+      const std::uint64_t row = i / (blocks * kRowsTogether) * kRowsTogether + i % kRowsTogether;
+      if (row >= rows && mask != 0) return "a row is out of range";
+      const bool last = i / kRowsTogether % blocks == blocks - 1;
+      if (last && (mask & beyond) != 0) return "a column index is out of range";
     }
   }
   return round_up(mask_bytes + values, std::uint64_t{kAlignment}) == length ? nullptr : "a unit has a wrong length";

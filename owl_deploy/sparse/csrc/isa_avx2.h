@@ -31,6 +31,7 @@ constexpr auto kExpand8 = [] {
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kVectors = 4;
+  static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;
 
   struct Lanes {

@@ -14,6 +14,7 @@ namespace {
 struct Avx512 {
   static constexpr const char* kName = "avx512";
   static constexpr int kVectors = 8;
+  static constexpr int kPairVectors = 8;
   static constexpr std::int64_t kInputOffset = 1 << 23;
 
   using Lanes = __m512;
@@ -35,7 +36,11 @@ struct Avx512 {
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
   static Lanes gather(const float* from, const std::uint8_t* places) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
-    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), from, sizeof(float));
+    // A gather merges with what its register held: unless that is a fresh zero, it waits for the group before. A mask
+    // that the compiler cannot see through keeps it from dropping the zero.
+    __mmask16 all = 0xFFFF;
+    asm("" : "+Yk"(all));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, _mm512_cvtepu8_epi32(bytes), from, sizeof(float));
   }
 
   static Table table(const float* inputs) { return {_mm512_loadu_ps(inputs), _mm512_loadu_ps(inputs + kLanes)}; }
@@ -55,7 +60,9 @@ struct Avx512 {
 
   static Weights8 load8(const std::int8_t* from) { return _mm512_loadu_si512(from); }
   static Weights8 expand(std::uint64_t mask, const std::int8_t* from) {
-    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
+    __m512i packed = _mm512_loadu_si512(from);
+    asm("" : "+v"(packed));  // keeps the load apart: VPEXPANDB from memory is several times slower than from a register
+    return _mm512_maskz_expand_epi8(mask, packed);
   }
   // An input plus 2^23 is an unsigned number of three bytes, and unsigned bytes are what VPDPBUSD wants.
   static void store_inputs(std::byte* inputs, std::uint32_t block, const std::int32_t* values) {

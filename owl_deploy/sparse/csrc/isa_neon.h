@@ -17,6 +17,7 @@ namespace {
 struct Neon {
   static constexpr const char* kName = "neon";
   static constexpr int kVectors = 4;
+  static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;
 
   struct Lanes {

@@ -27,7 +27,8 @@ inline void split_inputs(std::byte* to, const std::int32_t* values) {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr int kVectors = 4;               // Lanes that add_row keeps in registers
+  static constexpr int kVectors = 4;               // Lanes that add_row keeps in registers …
+  static constexpr int kPairVectors = 2;           // … and add_two_rows, for each row
   static constexpr std::int64_t kInputOffset = 0;  // what store_inputs adds to each input
 
   struct Lanes {

@@ -11,6 +11,7 @@ namespace owl {
 inline constexpr std::uint32_t kBlockColumns = 32;  // of the packed formats: what 5 index bits can tell apart
 inline constexpr std::uint32_t kMaskColumns = 64;   // of the 8-bit formats: one mask
 inline constexpr std::uint32_t kInputBytes = 3;     // of an input of an 8-bit product
+inline constexpr std::uint32_t kRowsTogether = 2;    // of the 8-bit formats: rows whose blocks alternate
 inline constexpr std::uint32_t kOverread = 64;      // bytes after the last 8-bit weight that a load may touch
 
 template <class T>
@@ -63,5 +64,9 @@ static inline std::uint64_t words_offset(std::uint32_t groups, std::uint32_t blo
   return round_up<std::uint64_t>(std::uint64_t{blocks} * record_bytes(groups) + groups * kLanes, kAlignment);
 }
 static inline std::uint32_t word_bytes(Format format) { return format == Format::packed32 ? 4 : 2; }
+
+// A unit of the 8-bit formats: masks[pairs][blocks][2] if it has masks, then the weights in the order of those masks. A
+// pair's second row may be one that is not there, and is then empty.
+static inline std::uint32_t stored_rows(std::uint32_t rows) { return round_up(rows, kRowsTogether); }
 
 }  // namespace owl

@@ -53,8 +53,7 @@ class Team {
         next_.store(0);
         done_.store(round + 1);
       }
-      while (done_.load() <= round) {
-      }
+      while (done_.load() <= round) std::this_thread::yield();  // the one waited for may need this CPU
     }
   }
 

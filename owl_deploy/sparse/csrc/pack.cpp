@@ -67,6 +67,7 @@ std::uint16_t word16(float weight, float scale, std::uint32_t index) {
 float row_scale(const float* row, std::uint64_t columns, int levels) {
   float largest = 0;
   for (std::uint64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(row[c]));
+  largest = std::min(largest, 0x1.fffffp127f);  // so that `levels` times the scale, rounded, is a number
   return largest == 0 ? 0 : std::max(largest / static_cast<float>(levels), FLT_MIN);
 }
 
@@ -133,7 +134,7 @@ std::uint64_t packed_unit_bytes(Slice& slice, const Header& h, std::uint32_t pan
 }
 
 std::uint64_t int8_unit_bytes(const Slice& slice, const Header& h) {
-  const std::uint64_t masks = std::uint64_t{slice.rows()} * blocks_of(h, 0);
+  const std::uint64_t masks = std::uint64_t{stored_rows(slice.rows())} * blocks_of(h, 0);
   if (h.format == Format::dense8) return masks * kMaskColumns;
   std::uint64_t values = 0;
   for (std::uint32_t i = 0; i < slice.rows(); ++i) {
@@ -176,23 +177,33 @@ void write_packed_unit(Slice& slice, const Header& h, std::uint32_t panel, const
   std::memcpy(unit + std::uint64_t{blocks} * record_bytes(groups), place.data(), groups * kLanes);
 }
 
+// The columns of block `block`, as far as the matrix has them.
+std::uint32_t mask_width(const Header& h, std::uint32_t block) {
+  return std::min(kMaskColumns, h.columns - block * kMaskColumns);
+}
+
 void write_int8_unit(const Slice& slice, const Header& h, const float* scales, std::int32_t* sums, std::uint8_t* unit) {
-  const std::uint32_t blocks = blocks_of(h, 0);
+  const std::uint32_t blocks = blocks_of(h, 0), stored = stored_rows(slice.rows());
   const bool masked = h.format == Format::int8;
   auto* masks = reinterpret_cast<std::uint64_t*>(unit);
   auto* values = reinterpret_cast<std::int8_t*>(unit) +
-                 (masked ? std::uint64_t{slice.rows()} * blocks * sizeof(std::uint64_t) : 0);
-  for (std::uint32_t i = 0; i < slice.rows(); ++i) {
-    for (std::uint32_t c = 0; c < h.columns; ++c) {
-      const float weight = slice.row(i)[c];
-      if (masked && weight == 0) continue;
-      const int q = weight == 0 ? 0 : quantised(weight, scales[i], kLevels8);
-      sums[i] += q;
-      if (masked) {
-        masks[std::uint64_t{i} * blocks + c / kMaskColumns] |= std::uint64_t{1} << (c % kMaskColumns);
-        *values++ = static_cast<std::int8_t>(q);
-      } else {
-        values[std::uint64_t{i} * blocks * kMaskColumns + c] = static_cast<std::int8_t>(q);
+                 (masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0);
+  for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
+    for (std::uint32_t block = 0; block < blocks; ++block) {
+      for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i, ++masks, values += masked ? 0 : kMaskColumns) {
+        if (i >= slice.rows()) continue;
+        const float* weights = slice.row(i) + std::size_t{block} * kMaskColumns;
+        for (std::uint32_t c = 0; c < mask_width(h, block); ++c) {
+          if (weights[c] == 0) continue;
+          const int q = quantised(weights[c], scales[i], kLevels8);
+          sums[i] += q;
+          if (masked) {
+            *masks |= std::uint64_t{1} << c;
+            *values++ = static_cast<std::int8_t>(q);
+          } else {
+            values[c] = static_cast<std::int8_t>(q);
+          }
+        }
       }
     }
   }
@@ -255,19 +266,24 @@ void unpack_unit(const Packed& packed, std::uint32_t slice, std::uint32_t panel,
 void unpack_int8(const Packed& packed, std::uint32_t slice, float* weights, std::uint8_t* mask) {
   const Header& h = *packed.header;
   const std::uint8_t* unit = packed.data + packed.units[slice];
-  const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
+  const std::uint32_t rows = rows_of(h, slice), stored = stored_rows(rows), blocks = blocks_of(h, 0);
   const bool masked = h.format == Format::int8;
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
   const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
-                       (masked ? std::uint64_t{rows} * blocks * sizeof(std::uint64_t) : 0);
-  for (std::uint32_t i = 0; i < rows; ++i) {
-    for (std::uint32_t c = 0; c < blocks * kMaskColumns; ++c) {
-      if (masked && (masks[i * blocks + c / kMaskColumns] >> (c % kMaskColumns) & 1) == 0) continue;
-      const auto value = static_cast<float>(*values++);
-      if (c >= h.columns) continue;
-      const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + c;
-      weights[at] = value * packed.scales[slice * h.slice_rows + i];
-      if (mask != nullptr) mask[at] = 1;
+                       (masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0);
+  for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
+    for (std::uint32_t block = 0; block < blocks; ++block) {
+      for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {
+        std::uint64_t bits = masked ? *masks++ : ~std::uint64_t{0};
+        for (; bits != 0; bits &= bits - 1) {
+          const auto c = static_cast<std::uint32_t>(std::countr_zero(bits));
+          const auto value = static_cast<float>(*values++);
+          if (i >= rows || c >= mask_width(h, block)) continue;
+          const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + block * kMaskColumns + c;
+          weights[at] = value * packed.scales[slice * h.slice_rows + i];
+          if (mask != nullptr) mask[at] = 1;
+        }
+      }
     }
   }
 }

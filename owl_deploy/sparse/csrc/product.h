@@ -12,6 +12,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "layout.h"
@@ -25,7 +26,17 @@ constexpr std::uint32_t kFlushColumns = 2048;   // 8-bit products are summed in 
 constexpr std::int64_t kTransposed = 256;       // columns that one item of the first stage transposes
 constexpr std::int64_t kSerialSums = 1 << 15;   // partial sums that are not worth another thread
 constexpr float kInputLevels = 8388607;          // the largest 24-bit input of an 8-bit product
+constexpr float kSmallestScale = 0x1p-100f;      // inputs all below it share it: 1 / scale must be a number, too
 constexpr int kFewTokens = 4;                   // that go through the units together
+
+// f(0) … f(kCount - 1), written out: arrays that only such loops index can live in registers.
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unrolled(F&& f) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(f);
+    f(std::integral_constant<int, kCount - 1>{});
+  }
+}
 
 // ---- What is in the scratch memory ----
 
@@ -81,12 +92,12 @@ inline float exponential(float x) {
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-// From a slice's sums to outputs: `stride` floats lie between one row's sum and the next.
+// From a slice's sums to outputs.
 inline void finish(const Packed& packed, std::uint32_t slice, const float* sums, float* y) {
   const Header& h = *packed.header;
   const std::uint32_t rows = rows_of(h, slice);
   float scaled[kMaxRows];
-  if (h.format == Format::packed16) {
+  if (packed.scales != nullptr) {
     const float* scales = packed.scales + std::size_t{slice} * h.slice_rows;
     for (std::uint32_t i = 0; i < rows; ++i) scaled[i] = sums[i] * scales[i];
     sums = scaled;
@@ -116,19 +127,19 @@ void packed_unit(const Packed& packed, std::uint32_t slice, std::uint32_t panel,
     const auto& from = buffers[block % 2];
     auto& to = buffers[1 - block % 2];
     typename Isa::Table table[kTokens];
-    for (int t = 0; t < kTokens; ++t) table[t] = Isa::table(inputs[t] + std::size_t{block} * kBlockColumns);
+    unrolled<kTokens>([&](auto t) { table[t] = Isa::table(inputs[t] + std::size_t{block} * kBlockColumns); });
     for (std::uint32_t group = 0; group < groups; ++group) {
       const std::uint8_t* places = record + groups + std::size_t{group} * kLanes;
       typename Isa::Lanes sum[kTokens];
-      for (int t = 0; t < kTokens; ++t) sum[t] = Isa::gather(from[t], places);
+      unrolled<kTokens>([&](auto t) { sum[t] = Isa::gather(from[t], places); });
       const std::uint32_t steps = record[group];
       for (std::uint32_t step = 0; step < steps; ++step, words += kLanes) {
         Isa::prefetch(words);
         const auto word = Isa::load_words(words);
         const auto weight = Isa::template weight<Word>(word);
-        for (int t = 0; t < kTokens; ++t) sum[t] = Isa::multiply_add(weight, Isa::lookup(table[t], word), sum[t]);
+        unrolled<kTokens>([&](auto t) { sum[t] = Isa::multiply_add(weight, Isa::lookup(table[t], word), sum[t]); });
       }
-      for (int t = 0; t < kTokens; ++t) Isa::store(to[t] + std::size_t{group} * kLanes, sum[t]);
+      unrolled<kTokens>([&](auto t) { Isa::store(to[t] + std::size_t{group} * kLanes, sum[t]); });
     }
   }
   for (std::uint32_t group = 0; group < groups; ++group) {
@@ -146,33 +157,40 @@ void int8_unit(const Packed& packed, std::uint32_t slice, std::byte* const* inpu
   const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
   const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
-                       (kMasked ? std::size_t{rows} * blocks * sizeof(std::uint64_t) : 0);
-  const std::size_t first = std::size_t{slice} * h.slice_rows;
-  for (std::uint32_t row = 0; row < rows; ++row) {
-    std::int64_t total[kTokens];
-    for (int t = 0; t < kTokens; ++t) total[t] = -Isa::kInputOffset * packed.sums[first + row];
+                       (kMasked ? std::size_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0);
+  const std::int32_t* weight_sums = packed.sums + std::size_t{slice} * h.slice_rows;
+  const auto next = [&] {
+    if constexpr (kMasked) {
+      const std::uint64_t mask = *masks++;
+      const auto weights = Isa::expand(mask, values);
+      values += std::popcount(mask);
+      return weights;
+    } else {
+      values += kMaskColumns;
+      return Isa::load8(values - kMaskColumns);
+    }
+  };
+  constexpr int kSums = kRowsTogether * kTokens;  // two rows at once: one's additions fill the waits of the other's
+  for (std::uint32_t row = 0; row < rows; row += kRowsTogether) {
+    std::int64_t total[kSums] = {};
     for (std::uint32_t block = 0; block < blocks;) {
-      typename Isa::Sum sum[kTokens];
-      for (int t = 0; t < kTokens; ++t) sum[t] = Isa::zero_sum();
+      typename Isa::Sum sum[kSums];
+      unrolled<kSums>([&](auto i) { sum[i] = Isa::zero_sum(); });
       const std::uint32_t end = std::min(blocks, block + kFlushColumns / kMaskColumns);
       for (; block < end; ++block) {
         Isa::prefetch(values);
-        typename Isa::Weights8 weights;
-        if constexpr (kMasked) {
-          const std::uint64_t mask = *masks++;
-          weights = Isa::expand(mask, values);
-          values += std::popcount(mask);
-        } else {
-          weights = Isa::load8(values);
-          values += kMaskColumns;
-        }
-        for (int t = 0; t < kTokens; ++t) Isa::add_product(sum[t], weights, inputs[t], block);
+        unrolled<kRowsTogether>([&](auto r) {
+          const auto weights = next();
+          unrolled<kTokens>([&](auto t) { Isa::add_product(sum[r * kTokens + t], weights, inputs[t], block); });
+        });
       }
-      for (int t = 0; t < kTokens; ++t) total[t] += Isa::total(sum[t]);
+      unrolled<kSums>([&](auto i) { total[i] += Isa::total(sum[i]); });
     }
-    for (int t = 0; t < kTokens; ++t) {
-      const float scale = *Inputs::scale_of(inputs[t], h) * packed.scales[first + row];
-      sums[t][row] = static_cast<float>(total[t]) * scale;
+    for (std::uint32_t r = 0; r < kRowsTogether && row + r < rows; ++r) {
+      for (int t = 0; t < kTokens; ++t) {
+        const std::int64_t sum = total[r * kTokens + t] - Isa::kInputOffset * weight_sums[row + r];
+        sums[t][row + r] = static_cast<float>(sum) * *Inputs::scale_of(inputs[t], h);
+      }
     }
   }
 }
@@ -185,13 +203,13 @@ void prepare(const Header& h, const float* x, std::byte* inputs) {
     std::memset(inputs + h.columns * sizeof(float), 0, (padded_columns(h) - h.columns) * sizeof(float));
     return;
   }
-  float largest = 0, poison = 0;
+  float largest = kSmallestScale, poison = 0;
   for (std::uint32_t c = 0; c < h.columns; ++c) {
     largest = std::fabs(x[c]) > largest ? std::fabs(x[c]) : largest;
     poison += x[c] * 0.0f;  // NaN if any input is not finite
   }
   // 24 bits are what a float has: even beside the largest outlier, inputs lose no more than fp32 sums do.
-  const float inverse = largest > 0 && poison == 0 ? kInputLevels / largest : 0.0f;
+  const float inverse = poison == 0 ? kInputLevels / largest : 0.0f;
   alignas(64) std::int32_t quantised[kMaskColumns];
   for (std::uint32_t c = 0; c < h.columns; c += kMaskColumns) {
     const std::uint32_t width = std::min(kMaskColumns, h.columns - c);
@@ -288,15 +306,15 @@ inline void transpose(const Product& p, std::int64_t item) {
 template <class Isa, int kVectors, class Next>
 inline void add_row(float* sums, const float* x, std::int64_t stride, Next next) {
   typename Isa::Lanes sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = Isa::load(sums + v * kLanes);
+  unrolled<kVectors>([&](auto v) { sum[v] = Isa::load(sums + v * kLanes); });
   std::uint32_t column;
   float weight;
   while (next(column, weight)) {
     const float* inputs = x + column * stride;
     const auto w = Isa::broadcast(weight);
-    for (int v = 0; v < kVectors; ++v) sum[v] = Isa::multiply_add(w, Isa::load(inputs + v * kLanes), sum[v]);
+    unrolled<kVectors>([&](auto v) { sum[v] = Isa::multiply_add(w, Isa::load(inputs + v * kLanes), sum[v]); });
   }
-  for (int v = 0; v < kVectors; ++v) Isa::store(sums + v * kLanes, sum[v]);
+  unrolled<kVectors>([&](auto v) { Isa::store(sums + v * kLanes, sum[v]); });
 }
 
 // All vectors of a tile, as many at a time as the registers hold.
@@ -354,43 +372,88 @@ void packed_tile(const Packed& packed, std::uint32_t slice, const float* x, std:
   }
 }
 
-template <class Isa, bool kMasked>
+template <class Isa>
 void int8_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
   const Header& h = *packed.header;
   const std::uint8_t* unit = packed.data + packed.units[slice];
   const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
-  const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
-                       (kMasked ? std::size_t{rows} * blocks * sizeof(std::uint64_t) : 0);
-  const std::int8_t* at_row[kMaxRows];
-  for (std::uint32_t row = 0; row < rows; ++row) {
-    at_row[row] = values;
-    for (std::uint32_t block = 0; block < blocks; ++block) {
-      values += kMasked ? std::popcount(masks[std::size_t{row} * blocks + block]) : static_cast<int>(kMaskColumns);
+  const std::uint32_t pairs = stored_rows(rows) / kRowsTogether;
+  const auto* values = reinterpret_cast<const std::int8_t*>(masks + std::size_t{pairs} * kRowsTogether * blocks);
+  const std::int8_t* at_pair[kMaxRows / kRowsTogether];
+  for (std::uint32_t pair = 0; pair < pairs; ++pair) {
+    at_pair[pair] = values;
+    for (std::uint32_t i = 0; i < blocks * kRowsTogether; ++i) {
+      values += std::popcount(masks[std::size_t{pair} * blocks * kRowsTogether + i]);
     }
   }
-  for (std::uint32_t half = 0; half < 2 * blocks; ++half, x += kBlockColumns * stride) {
-    for (std::uint32_t row = 0; row < rows; ++row) {
-      const std::int8_t* at = at_row[row];
-      std::uint32_t bits = ~0U;
-      if constexpr (kMasked) {
-        bits = static_cast<std::uint32_t>(masks[std::size_t{row} * blocks + half / 2] >> (half % 2 * kBlockColumns));
+  for (std::uint32_t block = 0; block < blocks; ++block) {
+    for (std::uint32_t half = 0; half < kMaskColumns; half += kBlockColumns, x += kBlockColumns * stride) {
+      for (std::uint32_t row = 0; row < stored_rows(rows); ++row) {
+        const std::uint32_t pair = row / kRowsTogether, second = row % kRowsTogether;
+        const std::uint64_t* mask = masks + (std::size_t{pair} * blocks + block) * kRowsTogether;
+        const std::uint64_t before = mask[second] & ((std::uint64_t{1} << half) - 1);
+        const std::int8_t* at = at_pair[pair] + std::popcount(before) + (second ? std::popcount(mask[0]) : 0);
+        const auto bits = static_cast<std::uint32_t>(mask[second] >> half);
+        add_rows<Isa>(sums + row * stride, x, stride, [=] {
+          return [at, bits = bits](std::uint32_t& column, float& weight) mutable {
+            if (bits == 0) return false;
+            column = static_cast<std::uint32_t>(std::countr_zero(bits));
+            bits &= bits - 1;
+            weight = static_cast<float>(*at++);
+            return true;
+          };
+        });
       }
-      add_rows<Isa>(sums + row * stride, x, stride, [=] {
-        return [at, bits](std::uint32_t& column, float& weight) mutable {
-          if (bits == 0) return false;
-          column = static_cast<std::uint32_t>(std::countr_zero(bits));
-          bits &= bits - 1;
-          weight = static_cast<float>(*at++);
-          return true;
-        };
-      });
-      at_row[row] += std::popcount(bits);
+    }
+    for (std::uint32_t pair = 0; pair < pairs; ++pair) {
+      const std::uint64_t* mask = masks + (std::size_t{pair} * blocks + block) * kRowsTogether;
+      at_pair[pair] += std::popcount(mask[0]) + std::popcount(mask[1]);
     }
   }
-  const float* scales = packed.scales + std::size_t{slice} * h.slice_rows;
-  for (std::uint32_t row = 0; row < rows; ++row) {
-    for (std::int64_t t = 0; t < stride; ++t) sums[row * stride + t] *= scales[row];
+}
+
+// Two rows of dense weights at a time: an input is loaded once for both.
+template <class Isa, int kVectors>
+inline void add_two_rows(float* sums, const float* x, std::int64_t stride, const std::int8_t* const* weights) {
+  typename Isa::Lanes sum[2][kVectors];
+  unrolled<2 * kVectors>([&](auto i) {
+    constexpr int row = i / kVectors, v = i % kVectors;
+    sum[row][v] = Isa::load(sums + row * stride + v * kLanes);
+  });
+  for (std::uint32_t column = 0; column < kBlockColumns; ++column, x += stride) {
+    const auto first = Isa::broadcast(static_cast<float>(weights[0][column]));
+    const auto second = Isa::broadcast(static_cast<float>(weights[1][column]));
+    unrolled<kVectors>([&](auto v) {
+      const auto inputs = Isa::load(x + v * kLanes);
+      sum[0][v] = Isa::multiply_add(first, inputs, sum[0][v]);
+      sum[1][v] = Isa::multiply_add(second, inputs, sum[1][v]);
+    });
+  }
+  unrolled<2 * kVectors>([&](auto i) {
+    constexpr int row = i / kVectors, v = i % kVectors;
+    Isa::store(sums + row * stride + v * kLanes, sum[row][v]);
+  });
+}
+
+template <class Isa>
+void dense8_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
+  const Header& h = *packed.header;
+  const auto* values = reinterpret_cast<const std::int8_t*>(packed.data + packed.units[slice]);
+  const std::uint32_t rows = rows_of(h, slice), columns = padded_columns(h);
+  for (std::uint32_t column = 0; column < columns; column += kBlockColumns, x += kBlockColumns * stride) {
+    for (std::uint32_t row = 0; row < rows; row += kRowsTogether) {
+      const std::size_t block = std::size_t{row} * columns + column / kMaskColumns * kRowsTogether * kMaskColumns;
+      const std::int8_t* first = values + block + column % kMaskColumns;
+      const std::int8_t* const pair[kRowsTogether] = {first, first + kMaskColumns};
+      constexpr std::int64_t kWidth = Isa::kPairVectors * std::int64_t{kLanes};
+      std::int64_t done = 0;
+      float* at = sums + row * stride;
+      for (; done + kWidth <= stride; done += kWidth) {
+        add_two_rows<Isa, Isa::kPairVectors>(at + done, x + done, stride, pair);
+      }
+      for (; done < stride; done += kLanes) add_two_rows<Isa, 1>(at + done, x + done, stride, pair);
+    }
   }
 }
 
@@ -408,8 +471,8 @@ void many_tokens_item(const Product& p, std::int64_t item) {
   switch (h.format) {
     case Format::packed32: packed_tile<Isa, std::uint32_t>(packed, slice, x, tiles.tokens, sums); break;
     case Format::packed16: packed_tile<Isa, std::uint16_t>(packed, slice, x, tiles.tokens, sums); break;
-    case Format::int8: int8_tile<Isa, true>(packed, slice, x, tiles.tokens, sums); break;
-    case Format::dense8: int8_tile<Isa, false>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::int8: int8_tile<Isa>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::dense8: dense8_tile<Isa>(packed, slice, x, tiles.tokens, sums); break;
   }
   const std::int64_t first = tile * tiles.tokens, count = std::min(tiles.tokens, p.tokens - first);
   for (std::int64_t t = 0; t < count; t += kLanes) {

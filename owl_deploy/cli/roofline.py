@@ -1,0 +1,63 @@
+"""`owl-deploy roofline`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from owl_deploy.cli import options
+from owl_deploy.reporting import Reporter
+
+_TABLE_COLUMNS = 140  # where the tables do not go to a terminal
+
+
+def roofline(
+    bundle: Annotated[Path, typer.Argument(help="Bundle, as `export` writes it.")],
+    flavor: Annotated[
+        Optional[str], typer.Option(help="Comma-separated: genai, sparse-int8, … Default: every sparse one, and genai.")
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="Directory for roofline.json, roofline.md and roofline.png."),
+    ] = None,
+    past: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, which the KV cache then holds.")] = 127,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="How often; the median over all tokens counts.")] = 3,
+    matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix too.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare what a token takes with the time that reading its weights takes at least.
+
+    Measures the memory bandwidth, times the engine that runs each flavor, and then each of its operators: so one sees
+    how far is left, which matrices are far from what the memory allows, and what is spent outside of them.
+
+    Examples:
+
+        owl-deploy roofline bundle
+
+        owl-deploy roofline bundle --flavor sparse-int8,genai --threads 1 --matrices
+
+        owl-deploy roofline bundle --past 1023 -o roofline --json
+    """
+    from owl_deploy.bench.machine import available_cores
+    from owl_deploy.roofline.measure import Request, measure_roofline
+    from owl_deploy.roofline.tables import terminal_tables
+    from owl_deploy.roofline.write import write_roofline
+
+    wanted = None if flavor is None else [name.strip() for name in flavor.split(",")]
+    request = Request(past, new_tokens, rounds, threads or available_cores())
+    measured = measure_roofline(bundle, wanted, request, reporter=Reporter(quiet=quiet))
+    report = None if output is None else write_roofline(measured, output, matrices=matrices)
+    if json:
+        typer.echo(measured.model_dump_json())
+    elif not quiet:
+        width = None if sys.stdout.isatty() else _TABLE_COLUMNS
+        Console(width=width).print(terminal_tables(measured, matrices=matrices))
+        if report is not None:
+            typer.echo(str(report))

@@ -1,0 +1,1 @@
+"""Text from a bundle: the prompt's ids, onnxruntime-genai's loop, and the text of the tokens it makes."""
