@@ -3,7 +3,7 @@
     python benchmarks/kernels.py DIRECTORY [--threads 1,2] [--tokens 1,128] [--rounds 7]
 
 Writes kernels.csv, kernels.md and kernels.png. Every matrix is measured twice: small enough for a core's own cache,
-and far larger than any. A rate counts all weights of the matrix, zeros included, so that formats compare; the median of
+and of 512 MiB in fp32, of which the sparsest formats still leave less than the last cache of a large server. A rate counts all weights of the matrix, zeros included, so that formats compare; the median of
 interleaved rounds is reported, with the smallest and the largest in the CSV.
 """
 
@@ -26,10 +26,10 @@ from owl_deploy.bench.machine import available_cores, describe_machine
 from owl_deploy.report.plots import COLOURS, save_figure
 from owl_deploy.sparse.library import FORMATS, instruction_sets, pack, product
 
-SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CACHED, LARGE = (512, 1024), (65536, 2048)  # rows and columns
 MANY_TOKENS = (5632, 2048)
-SAMPLE_S = 0.15
+SAMPLE_S = 0.05
 
 Run = Callable[[int], float]  # repeats -> nanoseconds
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", default=f"1,{available_cores()}")
     parser.add_argument("--tokens", default="1,128")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -8,12 +8,16 @@ from owl_deploy.export.names import Weights
 
 Stored = Literal["fp32", "packed32", "packed16", "int8", "dense8"]
 
-# Above these densities the format would lose to the dense one of the same precision: the packed formats to fp32 while
-# many tokens are prefilled (see README.md for what was measured), a mask of one bit a weight by its size.
-_DENSEST: dict[Weights, float] = {"packed32": 0.7, "packed16": 0.7, "int8": 0.87}
-_DENSE: dict[Weights, Stored] = {"packed32": "fp32", "packed16": "fp32", "int8": "dense8"}
+# What was asked for is stored as the first of these whose density reaches the matrix's; README.md has what was
+# measured. Packed weights lose to dense fp32 above 0.7, while many tokens are prefilled. A mask takes a bit and as
+# many instructions for a zero as for a weight: few weights are read faster with their index, and 11 bits of each.
+_STORED: dict[Weights, tuple[tuple[float, Stored], ...]] = {
+    "packed32": ((0.7, "packed32"), (1, "fp32")),
+    "packed16": ((0.7, "packed16"), (1, "fp32")),
+    "int8": ((0.15, "packed16"), (0.87, "int8"), (1, "dense8")),
+}
 
 
 def choose(weights: Weights, density: float) -> Stored:
     """How to store a matrix of which `density` is not zero, where `weights` were asked for."""
-    return weights if density <= _DENSEST[weights] else _DENSE[weights]
+    return next(stored for limit, stored in _STORED[weights] if density <= limit)

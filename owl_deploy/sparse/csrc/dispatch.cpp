@@ -59,7 +59,7 @@ std::int64_t stage_items(const Packed& weights, std::int64_t tokens, int stage) 
   if (tokens >= kManyTokens) {
     const Tiles tiles(h, tokens);
     if (stage == 0) return tiles.count * ceil_div(tiles.columns, kTransposed);
-    return stage == 1 ? tiles.count * h.slices : 0;
+    return stage == 1 ? tiles.count * Slices::items(h) : 0;
   }
   if (stage == 0) return 1;
   if (stage == 1) return units;

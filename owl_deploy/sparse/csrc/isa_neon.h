@@ -125,7 +125,7 @@ struct Neon {
   }
 
  private:
-  static constexpr std::size_t kPrefetchBytes = 512;
+  static constexpr std::size_t kPrefetchBytes = 4096;  // a page: the CPU itself does not look beyond one
 
   static void add_16(int32x4_t* sum, int16x8_t w, int16x8_t v, int16x8_t a, int16x8_t b) {
     sum[0] = vmlal_s16(sum[0], vget_low_s16(w), vget_low_s16(a));

@@ -12,6 +12,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -51,6 +52,18 @@ struct Tiles {
     columns = padded_columns(h);
   }
   std::size_t bytes() const { return static_cast<std::size_t>(count * tokens * columns) * sizeof(float); }
+};
+
+// Many tokens: the slices that one item takes together, so that a block of inputs stays in L1 for 256 rows or so.
+struct Slices {
+  std::uint32_t first, end;
+
+  Slices(const Header& h, std::int64_t item) {
+    first = static_cast<std::uint32_t>(item) * together(h);
+    end = std::min(first + together(h), h.slices);
+  }
+  static std::uint32_t together(const Header& h) { return is_packed(h.format) ? 1 : kMaxRows / h.slice_rows; }
+  static std::int64_t items(const Header& h) { return ceil_div(h.slices, together(h)); }
 };
 
 // Few tokens: their inputs, padded to whole blocks (packed) or in 24 bits with a scale (8-bit); partial sums by panel.
@@ -179,6 +192,11 @@ void int8_unit(const Packed& packed, std::uint32_t slice, std::byte* const* inpu
       const std::uint32_t end = std::min(blocks, block + kFlushColumns / kMaskColumns);
       for (; block < end; ++block) {
         Isa::prefetch(values);
+        if constexpr (kMasked) {
+          Isa::prefetch(masks);
+        } else {
+          Isa::prefetch(values + kMaskColumns);
+        }
         unrolled<kRowsTogether>([&](auto r) {
           const auto weights = next();
           unrolled<kTokens>([&](auto t) { Isa::add_product(sum[r * kTokens + t], weights, inputs[t], block); });
@@ -203,24 +221,25 @@ void prepare(const Header& h, const float* x, std::byte* inputs) {
     std::memset(inputs + h.columns * sizeof(float), 0, (padded_columns(h) - h.columns) * sizeof(float));
     return;
   }
-  float largest = kSmallestScale, poison = 0;
+  // The largest magnitude, by its bits: integers that a compiler can compare 16 at a time, and NaN is the largest.
+  std::uint32_t largest = std::bit_cast<std::uint32_t>(kSmallestScale);
   for (std::uint32_t c = 0; c < h.columns; ++c) {
-    largest = std::fabs(x[c]) > largest ? std::fabs(x[c]) : largest;
-    poison += x[c] * 0.0f;  // NaN if any input is not finite
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(x[c]) & 0x7FFFFFFFu);
   }
+  const float peak = std::bit_cast<float>(largest);
   // 24 bits are what a float has: even beside the largest outlier, inputs lose no more than fp32 sums do.
-  const float inverse = poison == 0 ? kInputLevels / largest : 0.0f;
-  alignas(64) std::int32_t quantised[kMaskColumns];
+  const float inverse = std::isfinite(peak) ? kInputLevels / peak : 0.0f;
+  *Inputs::scale_of(inputs, h) = std::isfinite(peak) ? peak / kInputLevels : std::numeric_limits<float>::quiet_NaN();
   for (std::uint32_t c = 0; c < h.columns; c += kMaskColumns) {
-    const std::uint32_t width = std::min(kMaskColumns, h.columns - c);
-    std::memset(quantised, 0, sizeof(quantised));
-    for (std::uint32_t i = 0; i < width; ++i) {
-      const float level = inverse == 0 ? 0.0f : std::nearbyint(x[c + i] * inverse);
+    alignas(64) float values[kMaskColumns] = {};
+    alignas(64) std::int32_t quantised[kMaskColumns];
+    if (inverse != 0) std::memcpy(values, x + c, std::min(kMaskColumns, h.columns - c) * sizeof(float));
+    for (std::uint32_t i = 0; i < kMaskColumns; ++i) {
+      const float level = std::nearbyint(values[i] * inverse);
       quantised[i] = static_cast<std::int32_t>(std::min(std::max(level, -kInputLevels), kInputLevels));
     }
     Isa::store_inputs(inputs, c / kMaskColumns, quantised);
   }
-  *Inputs::scale_of(inputs, h) = largest / kInputLevels + poison;
 }
 
 template <class Isa, int kTokens>
@@ -282,6 +301,15 @@ inline void add_panels(const Product& p, std::uint32_t slice) {
 
 // ---- Many tokens ----
 
+// Bytes as floats, by their bits: a broadcast from memory is one load, a conversion would take turns with the products.
+constexpr auto kFloats = [] {
+  struct Table {
+    float of[256];
+  } table{};
+  for (int i = 0; i < 256; ++i) table.of[i] = static_cast<float>(static_cast<std::int8_t>(i));
+  return table;
+}();
+
 inline void transpose(const Product& p, std::int64_t item) {
   const Header& h = *p.weights->header;
   const Tiles tiles(h, p.tokens);
@@ -317,17 +345,23 @@ inline void add_row(float* sums, const float* x, std::int64_t stride, Next next)
   unrolled<kVectors>([&](auto v) { Isa::store(sums + v * kLanes, sum[v]); });
 }
 
+template <class Isa, int kMost, class Make>
+inline void add_some(std::int64_t count, float* sums, const float* x, std::int64_t stride, Make make) {
+  if (count == kMost) {
+    add_row<Isa, kMost>(sums, x, stride, make());
+  } else if constexpr (kMost > 1) {
+    add_some<Isa, kMost - 1>(count, sums, x, stride, make);
+  }
+}
+
 // All vectors of a tile, as many at a time as the registers hold.
 template <class Isa, class Make>
 inline void add_rows(float* sums, const float* x, std::int64_t stride, Make make) {
-  std::int64_t done = 0;
-  for (; done + Isa::kVectors * std::int64_t{kLanes} <= stride; done += Isa::kVectors * std::int64_t{kLanes}) {
-    add_row<Isa, Isa::kVectors>(sums + done, x + done, stride, make());
+  std::int64_t left = stride / kLanes;
+  for (; left > Isa::kVectors; left -= Isa::kVectors, sums += Isa::kVectors * kLanes, x += Isa::kVectors * kLanes) {
+    add_row<Isa, Isa::kVectors>(sums, x, stride, make());
   }
-  for (; done + 2 * std::int64_t{kLanes} <= stride; done += 2 * std::int64_t{kLanes}) {
-    add_row<Isa, 2>(sums + done, x + done, stride, make());
-  }
-  if (done < stride) add_row<Isa, 1>(sums + done, x + done, stride, make());
+  add_some<Isa, Isa::kVectors>(left, sums, x, stride, make);
 }
 
 template <class Isa, class Word>
@@ -353,7 +387,7 @@ void packed_tile(const Packed& packed, std::uint32_t slice, const float* x, std:
           add_rows<Isa>(sums + now[place] * stride, x, stride, [=] {
             return [at = lane_words, end = lane_words + std::size_t{steps} * kLanes](std::uint32_t& column,
                                                                                   float& weight) mutable {
-              if (at == end || *at == 0) return false;
+              if (at == end) return false;  // padding is multiplied, too: equal counts let the CPU foresee the end
               column = *at % kBlockColumns;
               if constexpr (sizeof(Word) == 4) {
                 weight = std::bit_cast<float>(*at);
@@ -373,42 +407,37 @@ void packed_tile(const Packed& packed, std::uint32_t slice, const float* x, std:
 }
 
 template <class Isa>
-void int8_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
+void int8_tile(const Packed& packed, Slices slices, const float* x, std::int64_t stride, float* sums) {
   const Header& h = *packed.header;
-  const std::uint8_t* unit = packed.data + packed.units[slice];
-  const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
-  const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
-  const std::uint32_t pairs = stored_rows(rows) / kRowsTogether;
-  const auto* values = reinterpret_cast<const std::int8_t*>(masks + std::size_t{pairs} * kRowsTogether * blocks);
-  const std::int8_t* at_pair[kMaxRows / kRowsTogether];
-  for (std::uint32_t pair = 0; pair < pairs; ++pair) {
-    at_pair[pair] = values;
-    for (std::uint32_t i = 0; i < blocks * kRowsTogether; ++i) {
-      values += std::popcount(masks[std::size_t{pair} * blocks * kRowsTogether + i]);
+  const std::uint32_t blocks = blocks_of(h, 0);
+  struct Pair {
+    const std::uint64_t* masks;  // of both rows, in the block that is next
+    const std::int8_t* values;
+  } pairs[kMaxRows / kRowsTogether];
+  std::uint32_t count = 0;
+  for (std::uint32_t slice = slices.first; slice < slices.end; ++slice) {
+    const auto* masks = reinterpret_cast<const std::uint64_t*>(packed.data + packed.units[slice]);
+    const std::uint32_t in_slice = stored_rows(rows_of(h, slice)) / kRowsTogether;
+    const auto* values = reinterpret_cast<const std::int8_t*>(masks + std::size_t{in_slice} * kRowsTogether * blocks);
+    for (std::uint32_t pair = 0; pair < in_slice; ++pair) {
+      pairs[count++] = {masks, values};
+      for (std::uint32_t i = 0; i < blocks * kRowsTogether; ++i) values += std::popcount(*masks++);
     }
   }
-  for (std::uint32_t block = 0; block < blocks; ++block) {
-    for (std::uint32_t half = 0; half < kMaskColumns; half += kBlockColumns, x += kBlockColumns * stride) {
-      for (std::uint32_t row = 0; row < stored_rows(rows); ++row) {
-        const std::uint32_t pair = row / kRowsTogether, second = row % kRowsTogether;
-        const std::uint64_t* mask = masks + (std::size_t{pair} * blocks + block) * kRowsTogether;
-        const std::uint64_t before = mask[second] & ((std::uint64_t{1} << half) - 1);
-        const std::int8_t* at = at_pair[pair] + std::popcount(before) + (second ? std::popcount(mask[0]) : 0);
-        const auto bits = static_cast<std::uint32_t>(mask[second] >> half);
-        add_rows<Isa>(sums + row * stride, x, stride, [=] {
-          return [at, bits = bits](std::uint32_t& column, float& weight) mutable {
-            if (bits == 0) return false;
-            column = static_cast<std::uint32_t>(std::countr_zero(bits));
-            bits &= bits - 1;
-            weight = static_cast<float>(*at++);
-            return true;
-          };
-        });
-      }
-    }
-    for (std::uint32_t pair = 0; pair < pairs; ++pair) {
-      const std::uint64_t* mask = masks + (std::size_t{pair} * blocks + block) * kRowsTogether;
-      at_pair[pair] += std::popcount(mask[0]) + std::popcount(mask[1]);
+  for (std::uint32_t block = 0; block < blocks; ++block, x += kMaskColumns * stride) {
+    for (std::uint32_t i = 0; i < count * kRowsTogether; ++i) {
+      Pair& pair = pairs[i / kRowsTogether];
+      const std::uint64_t mask = *pair.masks++;
+      add_rows<Isa>(sums + i * stride, x, stride, [at = pair.values, mask] {
+        return [at, bits = mask](std::uint32_t& column, float& weight) mutable {
+          if (bits == 0) return false;
+          column = static_cast<std::uint32_t>(std::countr_zero(bits));
+          bits &= bits - 1;
+          weight = kFloats.of[static_cast<std::uint8_t>(*at++)];
+          return true;
+        };
+      });
+      pair.values += std::popcount(mask);
     }
   }
 }
@@ -422,8 +451,8 @@ inline void add_two_rows(float* sums, const float* x, std::int64_t stride, const
     sum[row][v] = Isa::load(sums + row * stride + v * kLanes);
   });
   for (std::uint32_t column = 0; column < kBlockColumns; ++column, x += stride) {
-    const auto first = Isa::broadcast(static_cast<float>(weights[0][column]));
-    const auto second = Isa::broadcast(static_cast<float>(weights[1][column]));
+    const auto first = Isa::broadcast(kFloats.of[static_cast<std::uint8_t>(weights[0][column])]);
+    const auto second = Isa::broadcast(kFloats.of[static_cast<std::uint8_t>(weights[1][column])]);
     unrolled<kVectors>([&](auto v) {
       const auto inputs = Isa::load(x + v * kLanes);
       sum[0][v] = Isa::multiply_add(first, inputs, sum[0][v]);
@@ -436,23 +465,29 @@ inline void add_two_rows(float* sums, const float* x, std::int64_t stride, const
   });
 }
 
+template <class Isa, int kMost>
+inline void add_row_pairs(float* sums, const float* x, std::int64_t stride, std::int64_t left,
+                          const std::int8_t* const* weights) {
+  for (; left >= kMost; left -= kMost, sums += kMost * kLanes, x += kMost * kLanes) {
+    add_two_rows<Isa, kMost>(sums, x, stride, weights);
+  }
+  if constexpr (kMost > 1) add_row_pairs<Isa, kMost / 2>(sums, x, stride, left, weights);
+}
+
 template <class Isa>
-void dense8_tile(const Packed& packed, std::uint32_t slice, const float* x, std::int64_t stride, float* sums) {
+void dense8_tile(const Packed& packed, Slices slices, const float* x, std::int64_t stride, float* sums) {
   const Header& h = *packed.header;
-  const auto* values = reinterpret_cast<const std::int8_t*>(packed.data + packed.units[slice]);
-  const std::uint32_t rows = rows_of(h, slice), columns = padded_columns(h);
+  const std::uint32_t columns = padded_columns(h);
   for (std::uint32_t column = 0; column < columns; column += kBlockColumns, x += kBlockColumns * stride) {
-    for (std::uint32_t row = 0; row < rows; row += kRowsTogether) {
-      const std::size_t block = std::size_t{row} * columns + column / kMaskColumns * kRowsTogether * kMaskColumns;
-      const std::int8_t* first = values + block + column % kMaskColumns;
-      const std::int8_t* const pair[kRowsTogether] = {first, first + kMaskColumns};
-      constexpr std::int64_t kWidth = Isa::kPairVectors * std::int64_t{kLanes};
-      std::int64_t done = 0;
-      float* at = sums + row * stride;
-      for (; done + kWidth <= stride; done += kWidth) {
-        add_two_rows<Isa, Isa::kPairVectors>(at + done, x + done, stride, pair);
+    float* to = sums;
+    for (std::uint32_t slice = slices.first; slice < slices.end; ++slice) {
+      const auto* values = reinterpret_cast<const std::int8_t*>(packed.data + packed.units[slice]);
+      for (std::uint32_t row = 0; row < rows_of(h, slice); row += kRowsTogether, to += kRowsTogether * stride) {
+        const std::size_t block = std::size_t{row} * columns + column / kMaskColumns * kRowsTogether * kMaskColumns;
+        const std::int8_t* first = values + block + column % kMaskColumns;
+        const std::int8_t* const pair[kRowsTogether] = {first, first + kMaskColumns};
+        add_row_pairs<Isa, Isa::kPairVectors>(to, x, stride, stride / kLanes, pair);
       }
-      for (; done < stride; done += kLanes) add_two_rows<Isa, 1>(at + done, x + done, stride, pair);
     }
   }
 }
@@ -462,26 +497,30 @@ void many_tokens_item(const Product& p, std::int64_t item) {
   const Packed& packed = *p.weights;
   const Header& h = *packed.header;
   const Tiles tiles(h, p.tokens);
-  const auto slice = static_cast<std::uint32_t>(item / tiles.count);
+  const Slices slices(h, item / tiles.count);
   const std::int64_t tile = item % tiles.count;
   const float* x = reinterpret_cast<const float*>(p.scratch) + tile * tiles.tokens * tiles.columns;
   alignas(64) float sums[kMaxRows * kTileTokens];
-  const std::uint32_t rows = groups_of(rows_of(h, slice)) * kLanes;
-  std::memset(sums, 0, static_cast<std::size_t>(rows * tiles.tokens) * sizeof(float));
+  std::memset(sums, 0, static_cast<std::size_t>(kMaxRows * tiles.tokens) * sizeof(float));
   switch (h.format) {
-    case Format::packed32: packed_tile<Isa, std::uint32_t>(packed, slice, x, tiles.tokens, sums); break;
-    case Format::packed16: packed_tile<Isa, std::uint16_t>(packed, slice, x, tiles.tokens, sums); break;
-    case Format::int8: int8_tile<Isa>(packed, slice, x, tiles.tokens, sums); break;
-    case Format::dense8: dense8_tile<Isa>(packed, slice, x, tiles.tokens, sums); break;
+    case Format::packed32: packed_tile<Isa, std::uint32_t>(packed, slices.first, x, tiles.tokens, sums); break;
+    case Format::packed16: packed_tile<Isa, std::uint16_t>(packed, slices.first, x, tiles.tokens, sums); break;
+    case Format::int8: int8_tile<Isa>(packed, slices, x, tiles.tokens, sums); break;
+    case Format::dense8: dense8_tile<Isa>(packed, slices, x, tiles.tokens, sums); break;
   }
   const std::int64_t first = tile * tiles.tokens, count = std::min(tiles.tokens, p.tokens - first);
-  for (std::int64_t t = 0; t < count; t += kLanes) {
-    const std::int64_t width = std::min<std::int64_t>(kLanes, count - t);
-    alignas(64) float columns[kLanes][kMaxRows];
-    for (std::uint32_t row = 0; row < rows; ++row) {
-      for (std::int64_t j = 0; j < width; ++j) columns[j][row] = sums[row * tiles.tokens + t + j];
+  for (std::uint32_t slice = slices.first; slice < slices.end; ++slice) {
+    const float* of_slice = sums + (slice - slices.first) * h.slice_rows * tiles.tokens;
+    for (std::int64_t t = 0; t < count; t += kLanes) {
+      const std::int64_t width = std::min<std::int64_t>(kLanes, count - t);
+      alignas(64) float columns[kLanes][kMaxRows];
+      for (std::uint32_t row = 0; row < rows_of(h, slice); ++row) {
+        for (std::int64_t j = 0; j < width; ++j) columns[j][row] = of_slice[row * tiles.tokens + t + j];
+      }
+      for (std::int64_t j = 0; j < width; ++j) {
+        finish(packed, slice, columns[j], p.y + (first + t + j) * outputs(packed));
+      }
     }
-    for (std::int64_t j = 0; j < width; ++j) finish(packed, slice, columns[j], p.y + (first + t + j) * outputs(packed));
   }
 }
 

@@ -283,9 +283,9 @@ Range row_times_token(Format format, const float* weights, const std::vector<std
 
 Range paired_range(Range gate, Range up) {
   const double silu = gate.value / (1 + std::exp(-gate.value));
-  const double up_size = std::fabs(up.value) + up.error;
-  return {silu * up.value, 1.1 * gate.error * up_size + std::fabs(silu) * up.error + 0x1p-20 * std::fabs(silu) * up_size +
-                               1e-35 * up_size + 0x1p-148};
+  const double size = std::fabs(silu), up_size = std::fabs(up.value) + up.error;
+  const double rounding = 0x1p-20 * size * up_size + 1e-35 * up_size + 0x1p-148;
+  return {silu * up.value, 1.1 * gate.error * up_size + size * up.error + rounding};
 }
 
 // [tokens, outputs]
@@ -314,8 +314,8 @@ std::vector<Range> expected_product(const Matrix& m, const Array<float>& weights
 constexpr std::int64_t kFew = 7;  // tokens that are few to any kernels, whatever the number they draw the line at
 
 void check_products(Random& random, const Matrix& m, const Array<std::uint8_t>& bytes, const Packed& packed,
-                    const Array<float>& weights, std::int64_t tokens) {
-  const Array<float> x = random_inputs(random, tokens, m.columns);
+                    const Array<float>& weights, const Array<float>& x) {
+  const auto tokens = static_cast<std::int64_t>(x.size() / m.columns);
   const std::vector<Range> wanted = expected_product(m, weights, x, tokens);
   std::unique_ptr<Array<float>> scalar;
   for (const Kernels* kernels : all_kernels()) {
@@ -376,11 +376,12 @@ void check_matrix(Random& random, const Matrix& m) {
   if (!packed(m).same_bytes(bytes)) fail("the same weights gave other bytes");
   const Packed parsed = ::parsed(bytes);
   const Array<float> weights = check_unpacked(m, parsed);
-  const std::int64_t few = random.between(1, kFew);
-  check_products(random, m, bytes, parsed, weights, few);
   const bool small = m.weights.size() < 10'000, large = m.weights.size() > 40'000;
-  check_products(random, m, bytes, parsed, weights,
-                 small && random.chance(0.3) ? random.between(124, 136) : random.between(kFew + 1, large ? 15 : 40));
+  const std::int64_t few = random.between(1, kFew), most = large ? 15 : 40;
+  const std::int64_t more = small && random.chance(0.3) ? random.between(124, 136) : random.between(kFew + 1, most);
+  for (const std::int64_t tokens : {few, more}) {
+    check_products(random, m, bytes, parsed, weights, random_inputs(random, tokens, m.columns));
+  }
   check_infinite_input(random, m, parsed, weights, random.chance(0.7) ? few : random.between(16, 20));
 }
 
@@ -399,6 +400,28 @@ void check_edges(Random& random, std::int64_t rounds) {
     check_matrix(random, m);
   }
   claim("%lld matrices at the edges of slices, panels and blocks: the same", static_cast<long long>(rounds));
+}
+
+// The largest sums that 8-bit weights and 24-bit inputs can have, over more columns than 32 bits have room for.
+void check_largest_sums(Random& random) {
+  for (const Format format : {Format::int8, Format::dense8}) {
+    Matrix m{4, 5000, format, false, std::vector<float>(std::size_t{4} * 5000, 1)};
+    for (std::uint32_t c = 0; c < m.columns; ++c) {
+      m.at(1, c) = -1;
+      m.at(2, c) = c % 2 == 0 ? 1 : -1;
+      m.at(3, c) = c < m.columns / 2 ? 1 : -1;
+    }
+    at_case("largest sums", 0, m);
+    const Array<std::uint8_t> bytes = packed(m);
+    const Packed parsed = ::parsed(bytes);
+    const Array<float> weights = check_unpacked(m, parsed), x(std::size_t{4} * m.columns);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x[i] = i / m.columns % 2 == 0 ? 1 : -1;
+      if (i / m.columns >= 2 && i % 2 == 1) x[i] = -x[i];
+    }
+    check_products(random, m, bytes, parsed, weights, x);
+  }
+  claim("8-bit products of the largest weights and inputs: the same");
 }
 
 void check_random_matrices(Random& random, std::int64_t rounds) {
@@ -496,7 +519,8 @@ void reshape(Random& random, Bytes& bytes) {
   auto h = read<Header>(bytes, 0);
   for (const auto side : kSides) {
     if (random.chance(0.6)) continue;
-    h.*side = random.chance(0.5) ? random.pick(kNumbers) : h.*side + static_cast<std::uint32_t>(random.between(-64, 64));
+    const auto moved = h.*side + static_cast<std::uint32_t>(random.between(-64, 64));
+    h.*side = random.chance(0.5) ? random.pick(kNumbers) : moved;
   }
   if (random.chance(0.1)) h.format = random.pick(kFormats);
   if (random.chance(0.1)) h.paired ^= 1;
@@ -544,7 +568,8 @@ void mutate(Random& random, Bytes& bytes, std::size_t units) {
         std::memmove(bytes.data() + to, bytes.data() + from, length);
         break;
       }
-      case 9: bytes.resize(random.chance(0.5) ? anywhere() : bytes.size() - std::min<std::size_t>(bytes.size(), 64)); break;
+      case 9: bytes.resize(random.chance(0.5) ? anywhere() : bytes.size() - std::min<std::size_t>(bytes.size(), 64));
+        break;
       case 10: bytes.resize(bytes.size() + random.below(130), static_cast<std::uint8_t>(random.bits())); break;
       case 11: {  // keeps a permutation one, and the steps of a block
         const std::size_t a = anywhere(), b = std::min(bytes.size() - 1, a + random.below(40));
@@ -575,47 +600,55 @@ bool survives(Random& random, const Bytes& bytes, std::int64_t tokens) {
   return true;
 }
 
-// All header bytes at their extremes, all sides of the matrix at many, and all lengths.
-void check_wrong_headers(Random& random) {
+// All header bytes at their extremes, all sides of the matrix at many, and all lengths: of one matrix in each round, up
+// to each format in two shapes.
+void check_wrong_headers(Random& random, std::int64_t rounds) {
   static constexpr std::array<std::pair<std::uint32_t, std::uint32_t>, 2> kShapes = {{{18, 70}, {8, 520}}};
   std::int64_t tried = 0, accepted = 0;
   const auto attempt = [&](const Bytes& bytes) {
     accepted += survives(random, bytes, 1);
     ++tried;
   };
-  for (const Format format : kFormats) {
-    for (const auto& [rows, columns] : kShapes) {
-      const Matrix m{rows, columns, format, rows == 18, random_weights(random, rows, columns)};
-      const Array<std::uint8_t> array = packed(m);
-      const Bytes whole(array.data(), array.data() + array.size());
-      const auto header = read<Header>(whole, 0);
-      for (std::size_t i = 0; i < sizeof(Header); ++i) {
-        for (const std::uint8_t value : {0, 1, 0x7F, 0x80, 0xFF}) {
-          at_case("header byte", static_cast<std::int64_t>(i) * 256 + value, m);
-          Bytes bytes = whole;
-          bytes[i] = value;
-          attempt(bytes);
-        }
+  for (std::size_t i = 0; i < std::min<std::size_t>(kFormats.size() * kShapes.size(), rounds); ++i) {
+    const auto [rows, columns] = kShapes[(i + i / kFormats.size()) % kShapes.size()];
+    const Format format = kFormats[i % kFormats.size()];
+    const Matrix m{rows, columns, format, rows == 18, random_weights(random, rows, columns)};
+    const Array<std::uint8_t> array = packed(m);
+    const Bytes whole(array.data(), array.data() + array.size());
+    const auto header = read<Header>(whole, 0);
+
+    at_case("address", 1, m);
+    const Array<std::uint8_t> elsewhere(whole.size() + 1);
+    std::memcpy(elsewhere.data() + 1, whole.data(), whole.size());
+    Packed unaligned{};
+    if (parse(elsewhere.data() + 1, whole.size(), unaligned) == nullptr) fail("accepted bytes that are not aligned");
+
+    for (std::size_t at = 0; at < sizeof(Header); ++at) {
+      for (const std::uint8_t value : {0, 1, 0x7F, 0x80, 0xFF}) {
+        at_case("header byte", static_cast<std::int64_t>(at) * 256 + value, m);
+        Bytes bytes = whole;
+        bytes[at] = value;
+        attempt(bytes);
       }
-      for (const auto side : kSides) {
-        for (const std::uint32_t value : kNumbers) {
-          at_case("shape with", value, m);
-          Header other = header;
-          other.*side = value;
-          set_counts(other);
-          Bytes bytes = whole;
-          write(bytes, 0, other);
-          attempt(bytes);
-        }
+    }
+    for (const auto side : kSides) {
+      for (const std::uint32_t value : kNumbers) {
+        at_case("shape with", value, m);
+        Header other = header;
+        other.*side = value;
+        set_counts(other);
+        Bytes bytes = whole;
+        write(bytes, 0, other);
+        attempt(bytes);
       }
-      for (std::size_t length = 0; length < whole.size(); length += rows == 18 ? 1 : 61) {
-        at_case("length", static_cast<std::int64_t>(length), m);
-        Bytes bytes(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(length));
-        if (survives(random, bytes, 1)) fail("accepted only %zu of %zu bytes", length, whole.size());
-        write(bytes, offsetof(Header, bytes), std::uint64_t{length});
-        if (survives(random, bytes, 1)) fail("accepted %zu of %zu bytes", length, whole.size());
-        tried += 2;
-      }
+    }
+    for (std::size_t length = 0; length < whole.size(); length += rows == 18 ? 1 : 61) {
+      at_case("length", static_cast<std::int64_t>(length), m);
+      Bytes bytes(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(length));
+      if (survives(random, bytes, 1)) fail("accepted only %zu of %zu bytes", length, whole.size());
+      write(bytes, offsetof(Header, bytes), std::uint64_t{length});
+      if (survives(random, bytes, 1)) fail("accepted %zu of %zu bytes", length, whole.size());
+      tried += 2;
     }
   }
   claim("%lld wrong headers, shapes and lengths: %lld harmless, the others refused", static_cast<long long>(tried),
@@ -657,8 +690,9 @@ int main(int count, char** arguments) {
   Random headers(seed * 8 + 4), mutations(seed * 8 + 5);
   check_random_matrices(matrices, rounds);
   check_edges(edges, rounds);
+  check_largest_sums(edges);
   check_any_weights(any, rounds);
   check_refused_weights(refused, rounds);
-  check_wrong_headers(headers);
+  check_wrong_headers(headers, rounds);
   check_mutations(mutations, rounds);
 }
