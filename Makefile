@@ -16,11 +16,31 @@ else
 DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 4 --prompt 256 --new-tokens 32 --repetitions 3 --windows 6
 endif
 
-.PHONY: demo test lint install engines recipe-tools cross clean
+TINYLLAMA := tinyllama
+
+.PHONY: demo tinyllama kernels test lint install engines recipe-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
 	  --calibration demo --calibration-seqlen 512 --text demo --max-load 99 -o $(OUT)
+
+# Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.
+tinyllama: install  ## decode and prefill of every sparse format against dense fp32 and int4
+	test -d $(TINYLLAMA)/0/checkpoint || $(BIN)/python benchmarks/random_checkpoint.py $(TINYLLAMA)/0/checkpoint
+	$(BIN)/owl-deploy export $(TINYLLAMA)/0/checkpoint -o $(TINYLLAMA)/0/bundle --flavor genai
+	test -f $(TINYLLAMA)/int4/model.onnx || \
+	  $(BIN)/python benchmarks/int4_graph.py $(TINYLLAMA)/0/checkpoint $(TINYLLAMA)/int4
+	for sparsity in 0.5 0.7 0.9; do \
+	  test -d $(TINYLLAMA)/$$sparsity/checkpoint || $(BIN)/owl-deploy prune $(TINYLLAMA)/0/checkpoint \
+	    -o $(TINYLLAMA)/$$sparsity/checkpoint --sparsity $$sparsity --method magnitude --allocation uniform || exit; \
+	  $(BIN)/owl-deploy export $(TINYLLAMA)/$$sparsity/checkpoint -o $(TINYLLAMA)/$$sparsity/bundle \
+	    --flavor sparse --weights packed32,packed16,int8 || exit; \
+	done
+	$(BIN)/python benchmarks/decode.py $(TINYLLAMA)/decode.csv $(TINYLLAMA)/0/bundle/genai $(TINYLLAMA)/int4 \
+	  $(foreach sparsity,0.5 0.7 0.9,$(foreach weights,packed32 packed16 int8,$(TINYLLAMA)/$(sparsity)/bundle/sparse-$(weights)))
+
+kernels: install  ## the sparse kernels alone, by format, instruction set and density
+	$(BIN)/python benchmarks/kernels.py kernels
 
 test: install engines recipe-tools cross lint  ## lint, types, and every test
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ Weights in blocks of 32, inputs of products in 8 bits (`int4_accuracy_level=4`),
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
+    # The builder saves the tokenizer last, and fails if there is none.
+    with tempfile.TemporaryDirectory() as cache, contextlib.suppress(ValueError, TypeError, OSError):
         create_model(
             "",
             str(arguments.checkpoint),
@@ -31,6 +33,8 @@ def main() -> None:
             hf_token="false",
             hf_remote=False,
         )
+    if not (arguments.directory / "genai_config.json").is_file():
+        raise SystemExit(f"{arguments.directory}: the builder wrote no graph")
 
 
 if __name__ == "__main__":
