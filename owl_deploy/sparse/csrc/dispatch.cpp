@@ -20,14 +20,16 @@ struct Choice {
 
 // Best first.
 const Choice* choices() {
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+#endif
   static const Choice all[] = {
 #if defined(__x86_64__)
-      {&kAvx512Kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni")},
-      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")},
+      {&kAvx512Kernels, avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni")},
+      {&kAvx2Kernels, avx2},
 #elif defined(__aarch64__)
       {&kNeonKernels, true},
 #endif

@@ -113,12 +113,16 @@ std::int64_t owl_product(const std::uint8_t* data, std::int64_t size, const floa
   const owl::Kernels* chosen = owl::find_kernels(kernels);
   if (chosen == nullptr) return fail(std::string("this CPU has no kernels called ") + kernels);
   if (tokens < 1 || threads < 1 || repeats < 1) return fail("tokens, threads and repeats are at least 1");
-  const std::size_t bytes = owl::scratch_bytes(packed, tokens);
-  const std::unique_ptr<std::byte[], Free> scratch(new (std::align_val_t{owl::kAlignment}) std::byte[bytes]);
-  const owl::Product product{&packed, x, y, tokens, scratch.get()};
-  const auto start = std::chrono::steady_clock::now();
-  Team(*chosen, product, threads).run(repeats);
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+  try {
+    const std::size_t bytes = owl::scratch_bytes(packed, tokens);
+    const std::unique_ptr<std::byte[], Free> scratch(new (std::align_val_t{owl::kAlignment}) std::byte[bytes]);
+    const owl::Product product{&packed, x, y, tokens, scratch.get()};
+    const auto start = std::chrono::steady_clock::now();
+    Team(*chosen, product, threads).run(repeats);
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+  } catch (const std::bad_alloc&) {
+    return fail("not enough memory");
+  }
 }
 
 const char* owl_error() { return last_error.c_str(); }
