@@ -102,7 +102,8 @@ def read_traffic(bundle: Path, flavor: Flavor, record: FlavorRecord, past: int) 
 
 def _matrices(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], record: FlavorRecord) -> Iterator[Matrix]:
     """The manifest says how a packed matrix is stored; of the others the graph's own shape does."""
-    stored = {matrix.name: matrix for matrix in record.packed.matrices} if record.packed else {}
+    matrices = record.packed.matrices if record.packed else []
+    stored = {matrix.name: matrix for matrix in matrices if matrix.format != "fp32"}
     for node in graph.node:
         tensor = tensors.get(node.input[1]) if node.op_type in _PRODUCTS else None
         if tensor is None:

@@ -203,7 +203,7 @@ def _pack(
             stored = pack(matrix, wanted, paired=product.paired)
         except ValueError as error:
             raise UserError(f"{product.parts[0]}: cannot be packed as {wanted} ({error})") from error
-    name = product.parts[0] if stored is None else ".".join([*product.parts[:1], wanted])
+    name = product.parts[0] if stored is None else f"{product.parts[0]}.{wanted}"
     record = MatrixRecord(
         name=name,
         parts=product.parts,
