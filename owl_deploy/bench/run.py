@@ -20,7 +20,7 @@ from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import BundleManifest, read_bundle
+from owl_deploy.export.bundle import BundleManifest, check_files, read_bundle
 from owl_deploy.export.names import Flavor, weights_of
 from owl_deploy.files import locked
 from owl_deploy.report.write import write_report
@@ -61,7 +61,7 @@ def bench_bundles(
         UserError: a bundle is not one, they are of different vocabularies, or the machine is busy.
     """
     manifests = {bundle: read_bundle(bundle) for bundle in bundles}
-    check_files(manifests)
+    _check_bundles(manifests)
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines)
@@ -107,14 +107,11 @@ def _export_options(flavor: Flavor) -> str:
     return f"--flavor {flavor}" if weights is None else f"--flavor sparse --weights {weights}"
 
 
-def check_files(manifests: dict[Path, BundleManifest]) -> None:
-    """Refuse bundles whose graphs were cut short or replaced."""
+def _check_bundles(manifests: dict[Path, BundleManifest]) -> None:
+    """Refuse bundles with damaged files, and bundles of different models."""
     for bundle, manifest in manifests.items():
         for record in manifest.flavors.values():
-            for file in record.files:
-                path = bundle / file.path
-                if not path.is_file() or path.stat().st_size != file.bytes:
-                    raise UserError(f"{path}: not the file that bundle.json describes; export the model again")
+            check_files(bundle, record.files)
     if len({manifest.vocabulary for manifest in manifests.values()}) > 1:
         raise UserError("the bundles have different vocabularies; measure one model at a time")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,12 @@ class FlavorRecord(Record):
     @property
     def bytes(self) -> int:
         """Size of the graph and its weights, tokenizer and configs not counted."""
-        return sum(file.bytes for file in self.files if Path(file.path).name.startswith(GRAPH))
+        return sum(file.bytes for file in self.graph_files)
+
+    @property
+    def graph_files(self) -> list[FileRecord]:
+        """The graph and its weights."""
+        return [file for file in self.files if Path(file.path).name.startswith(GRAPH)]
 
 
 class BundleManifest(Record):
@@ -105,6 +111,18 @@ def read_bundle(directory: Path) -> BundleManifest:
     if not path.is_file():
         raise UserError(f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export")
     return read_record(path, BundleManifest, mend="export the model again")
+
+
+def check_files(bundle: Path, files: Iterable[FileRecord]) -> None:
+    """Refuse files of a bundle that were cut short or replaced.
+
+    Raises:
+        UserError: one is missing, or of another size; it is named.
+    """
+    for file in files:
+        path = bundle / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            raise UserError(f"{path}: not the file that bundle.json describes; export the model again")
 
 
 def exporter_versions() -> dict[str, str]:

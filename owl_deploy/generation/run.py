@@ -11,7 +11,7 @@ from typing import Literal
 from owl_deploy.checkpoints.load import load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import GRAPH, BundleManifest, FlavorRecord, read_bundle
+from owl_deploy.export.bundle import BundleManifest, check_files, read_bundle
 from owl_deploy.export.names import FLAVORS, Flavor
 from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids
@@ -66,7 +66,7 @@ def generate_text(
     """
     manifest = read_bundle(bundle)
     chosen = _choose_flavor(bundle, manifest, flavor)
-    _check_graph(bundle, manifest.flavors[chosen])
+    check_files(bundle, manifest.flavors[chosen].graph_files)
     tokenizer = load_tokenizer(ModelSource(str(bundle / chosen), bundle / chosen))
     if tokenizer is None:
         raise UserError(f"{bundle / chosen}: has no tokenizer; export a checkpoint that comes with one")
@@ -118,13 +118,6 @@ def _choose_flavor(bundle: Path, manifest: BundleManifest, asked: str | None) ->
     if asked in FLAVORS:
         raise UserError(f"{bundle}: holds no {asked}; choose from {', '.join(manifest.flavors)}, or export it too")
     raise UserError(f"--flavor {asked}: is unknown; {bundle} holds {', '.join(manifest.flavors)}")
-
-
-def _check_graph(bundle: Path, record: FlavorRecord) -> None:
-    for file in record.files:
-        path = bundle / file.path
-        if path.name.startswith(GRAPH) and (not path.is_file() or path.stat().st_size != file.bytes):
-            raise UserError(f"{path}: missing or not as it was exported; export the model again")
 
 
 def _rate(times_ms: Sequence[float]) -> float | None:

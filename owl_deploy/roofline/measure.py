@@ -15,12 +15,12 @@ from owl_deploy.bench.machine import (
     last_level_cache_bytes,
     read_bandwidth_gb_s,
 )
-from owl_deploy.bench.run import check_files, random_prompt
+from owl_deploy.bench.run import random_prompt
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.cpu import instruction_set
 from owl_deploy.engines.registry import ENGINES, EngineSpec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.bundle import GRAPH, BundleManifest, read_bundle
+from owl_deploy.export.bundle import GRAPH, BundleManifest, check_files, read_bundle
 from owl_deploy.export.names import FLAVORS, Flavor, weights_of
 from owl_deploy.reporting import Reporter
 from owl_deploy.roofline.profile import Profile, by_operator, profile_decode
@@ -65,7 +65,8 @@ def measure_roofline(bundle: Path, wanted: Sequence[str] | None, request: Reques
         CheckFailed: an engine failed.
     """
     manifest = read_bundle(bundle)
-    check_files({bundle: manifest})
+    for record in manifest.flavors.values():
+        check_files(bundle, record.files)
     flavors = _flavors(bundle, manifest, wanted)
     _check(manifest, request)
     if any(weights_of(flavor) for flavor in flavors):
