@@ -18,7 +18,7 @@ endif
 
 TINYLLAMA := tinyllama
 
-.PHONY: demo tinyllama kernels test lint install engines recipe-tools cross clean
+.PHONY: demo tinyllama kernels test lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -42,7 +42,7 @@ tinyllama: install  ## decode and prefill of every sparse format against dense f
 kernels: install  ## the sparse kernels alone, by format, instruction set and density
 	$(BIN)/python benchmarks/kernels.py kernels
 
-test: install engines recipe-tools cross lint  ## lint, types, and every test
+test: install engines other-tools cross lint  ## lint, types, and every test
 	$(BIN)/python -m pytest
 
 lint: install
@@ -67,13 +67,16 @@ $(VENV)/.ready: $(VENV)/.base pyproject.toml CMakeLists.txt $(wildcard owl_deplo
 	$(BIN)/$(PIP) gensim==4.4.0 -e '.[dev]'
 	touch $@
 
-# The tools that must understand our recipes; where one cannot be installed, its tests say so and are skipped.
-recipe-tools:
-	-$(MAKE) --no-print-directory .venvs/sparseml/.ready .venvs/llmcompressor/.ready
+# The tools that must understand our recipes, and the oldest ONNX Runtime our operator runs in; where one cannot be
+# installed, its tests say so and are skipped.
+other-tools:
+	-$(MAKE) --no-print-directory .venvs/sparseml/.ready .venvs/llmcompressor/.ready .venvs/onnxruntime/.ready
 
+.venvs/onnxruntime/.ready: NEEDS_TORCH :=
+.venvs/%/.ready: NEEDS_TORCH := yes
 .venvs/%/.ready: tests/environments/%.txt
 	$(or $(shell command -v python3.11),$(PYTHON)) -m venv $(@D)
-	$(@D)/bin/$(PIP) torch==2.13.0
+	$(if $(NEEDS_TORCH),$(@D)/bin/$(PIP) torch==2.13.0)
 	$(@D)/bin/$(PIP) -r $<
 	touch $@
 

@@ -5,6 +5,10 @@ class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to do. Exit code 2."""
 
 
+class DiskError(UserError):
+    """A file cannot be written: what was finished before it is kept."""
+
+
 class UnsupportedFamily(UserError):
     """A flavor of export has no graph for this kind of model; another may."""
 

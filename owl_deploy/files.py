@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import DiskError, UserError
 
 
 def sha256(path: Path) -> str:
@@ -70,9 +70,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free_bytes = shutil.disk_usage(_existing_parent(target)).free
             reason = f"{os.strerror(number)}, {free_bytes / 2**20:.0f} MiB free"
-            raise UserError(f"{target}: cannot be written ({reason}); make room and run it again") from error
+            raise DiskError(f"{target}: cannot be written ({reason}); make room and run it again") from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{target}: cannot be written ({os.strerror(number)}); choose another place") from error
+            raise DiskError(f"{target}: cannot be written ({os.strerror(number)}); choose another place") from error
         raise
 
 
@@ -137,6 +137,30 @@ def staged_addition(target: Path) -> Iterator[Path]:
                     made.replace(target / made.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_directory(target: Path, inputs_sha256: str) -> Iterator[Path]:
+    """Yield a directory beside `target` for what is finished on the way there, of these inputs.
+
+    It goes when the body ends well, or with an error that running again would meet again. An interrupted run, a killed
+    one and one whose disk was full leave it, and the next one of the same inputs finds it.
+    """
+    kept = target.with_name(f".{target.name}.unfinished")
+    made_for = kept / "inputs_sha256"
+    with disk_errors(target):
+        if kept.exists() and not (made_for.is_file() and made_for.read_text(encoding="utf-8") == inputs_sha256):
+            shutil.rmtree(kept)
+        kept.mkdir(exist_ok=True)
+        write_text(made_for, inputs_sha256)
+    try:
+        yield kept
+    except BaseException as error:
+        in_vain = isinstance(error, UserError) and not isinstance(error, DiskError)
+        if in_vain or list(kept.iterdir()) == [made_for]:
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 @contextlib.contextmanager

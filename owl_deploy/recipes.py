@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -20,7 +20,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from owl_deploy.errors import UserError
 from owl_deploy.files import write_text
-from owl_deploy.pruning.plan import NM, Method, PruningPlan
+from owl_deploy.pruning.plan import (
+    NM,
+    Ablation,
+    Allocation,
+    BlockShare,
+    Granularity,
+    Method,
+    MixedNM,
+    PruningPlan,
+    Statistics,
+    Target,
+    parse_pattern,
+)
 
 RECIPE = "recipe.yaml"
 EXPLICIT_RECIPE = "recipe.explicit.yaml"
@@ -30,6 +42,7 @@ _CLASS_OF: dict[Method, str] = {
     "wanda": "WandaPruningModifier",
     "sparsegpt": "SparseGPTModifier",
 }
+_OWN_CLASS = "OwlDeployPruningModifier"
 _UNSTRUCTURED = "0:0"
 
 
@@ -76,13 +89,15 @@ def write_recipes(
     directory: Path,
     plan: PruningPlan,
     block_class: str,
-    block_sparsities: Sequence[float],
+    shares: Sequence[BlockShare],
     layer_names: Sequence[str],
 ) -> None:
     """Write `recipe.yaml`, what was asked, and `recipe.explicit.yaml`, the sparsities that were found.
 
-    Where the format cannot say what was asked (OWL by magnitude, or a fractional `owl_m`), `recipe.yaml` also
-    lists the sparsities found, and its header says why: applying it gives the same weights.
+    Where the format cannot say what was asked (OWL by magnitude, a fractional `owl_m`, another allocation),
+    `recipe.yaml` also lists the sparsities found, and its header says why: applying it gives the same weights. What
+    neither tool can do at all (its method, or sparsities that differ within a block) is written as a modifier of our
+    own, which both refuse by its name.
 
     By magnitude the recipe holds a `MagnitudePruningModifier`, for an explicit list one for each block. Both
     tools parse it, but know magnitude pruning only as a part of training; its `mask_structure` is one that
@@ -90,17 +105,22 @@ def write_recipes(
 
     Args:
         block_class: class name of the blocks, such as `LlamaDecoderLayer`.
-        block_sparsities: the sparsity of each block, first to last; not used with an N:M pattern.
+        shares: what each block gave up, first to last.
         layer_names: module names of the blocks, first to last.
 
     Raises:
         UserError: the files cannot be written.
         ValueError: the two lists differ in length.
     """
-    if len(block_sparsities) != len(layer_names):
-        raise ValueError(f"{len(block_sparsities)} sparsities for {len(layer_names)} blocks")
-    listed = _listed(plan, block_sparsities, layer_names)
-    found = listed if plan.pattern is None else _whole(plan, layer_names)
+    if len(shares) != len(layer_names):
+        raise ValueError(f"{len(shares)} shares of {len(layer_names)} blocks")
+    found = _found(plan, shares, layer_names)
+    if (unknown := _unknown_to_the_tools(found)) is not None:
+        asked_note, found_note = f"what was asked, {unknown}", f"the sparsities found, {unknown}"
+        write_text(directory / RECIPE, _document(plan, _own(plan, [block_class]), RECIPE, asked_note))
+        write_text(directory / EXPLICIT_RECIPE, _document(plan, _own(found, layer_names), EXPLICIT_RECIPE, found_note))
+        return
+    listed = _whole(plan, layer_names) if plan.pattern else _listed(plan, found.block_sparsities or (), layer_names)
     unsayable = _why_unsayable(plan)
     if unsayable is not None:
         asked = listed
@@ -110,14 +130,53 @@ def write_recipes(
         asked = _whole(plan, [block_class])
     note = "what was asked" if unsayable is None else f"the sparsities found: {unsayable}"
     write_text(directory / RECIPE, _document(plan, asked, RECIPE, note))
-    write_text(directory / EXPLICIT_RECIPE, _document(plan, found, EXPLICIT_RECIPE, "the sparsities found"))
+    write_text(directory / EXPLICIT_RECIPE, _document(plan, listed, EXPLICIT_RECIPE, "the sparsities found"))
+
+
+def _found(plan: PruningPlan, shares: Sequence[BlockShare], layer_names: Sequence[str]) -> PruningPlan:
+    """The plan with the sparsities that were found in place of how to find them."""
+    if plan.pattern is not None:
+        return plan  # mixed N:M is found anew by OWL
+    of_blocks = [share.uniform for share in shares]
+    changed: dict[str, Any] = {
+        "allocation": "explicit",
+        "half_range": None,
+        "granularity": "layer" if plan.allocation == "global" else plan.granularity,
+    }
+    if plan.allocation == "global" and plan.method not in ("magnitude", "wanda", "ria", "admm"):
+        changed["granularity"] = None
+    if None not in of_blocks:
+        changed["block_sparsities"] = tuple(of_blocks)
+    else:
+        changed["linear_sparsities"] = {
+            f"{block}.{name}": value
+            for block, share in zip(layer_names, shares, strict=True)
+            for name, value in share.sparsities.items()
+        }
+    return replace(plan, **changed)
+
+
+def _unknown_to_the_tools(found: PruningPlan) -> str | None:
+    """Why SparseML and llm-compressor cannot apply a plan, whatever the words for it, if they cannot."""
+    if found.method not in _CLASS_OF:
+        return f"as neither SparseML nor llm-compressor knows {found.method}"
+    if found.linear_sparsities is not None:
+        return "as both tools prune the linears of a block alike"
+    if isinstance(found.pattern, MixedNM):
+        return "as both tools prune all blocks by one N:M"
+    usual = replace(found, granularity=None, statistics=None)
+    if (found.granularity, found.statistics) != (usual.granularity, usual.statistics):
+        return "as both tools choose and calibrate in one way only"
+    return None
 
 
 def _why_unsayable(plan: PruningPlan) -> str | None:
-    """Why the OWL profile of both tools cannot state the plan, if it cannot."""
-    if plan.allocation != "owl":
+    """Why the profiles of both tools cannot state the plan's allocation, if they cannot."""
+    if plan.allocation in ("uniform", "explicit"):
         return None
-    asked = f"OWL with M {plan.owl_m} and lambda {plan.owl_lambda}"
+    if plan.allocation != "owl":
+        return f"the {plan.allocation} allocation was asked, which recipes do not have"
+    asked = f"OWL with M {plan.owl_m} and lambda {plan.half_range}"
     if plan.method == "magnitude":
         return f"{asked} was asked, and magnitude recipes have no OWL"
     if plan.owl_m % 1:
@@ -125,9 +184,20 @@ def _why_unsayable(plan: PruningPlan) -> str | None:
     return None
 
 
+def _own(plan: PruningPlan, targets: Sequence[str]) -> dict[str, object]:
+    """The modifier group of our own, which says all of a plan."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(plan).items()
+        if value is not None and name != "pattern"
+    }
+    fields |= {"mask_structure": str(plan.pattern or _UNSTRUCTURED), "targets": list(targets)}
+    return {"pruning_modifiers": {_OWN_CLASS: fields}}
+
+
 def _whole(plan: PruningPlan, targets: Sequence[str]) -> dict[str, object]:
     """The modifier group for one sparsity, or one profile, over all targets."""
-    sparsity = float(plan.sparsity) if plan.pattern is None else _ratio(plan.pattern)
+    sparsity = float(plan.sparsity) if plan.pattern is None else plan.pattern.ratio
     return {"pruning_modifiers": _modifier(plan, sparsity, targets)}
 
 
@@ -150,7 +220,7 @@ def _modifier(plan: PruningPlan, sparsity: float | list[float], targets: Sequenc
     else:
         fields = {"sparsity": sparsity}
         if plan.allocation == "owl" and not isinstance(sparsity, list):
-            fields |= {"sparsity_profile": "owl", "owl_m": int(plan.owl_m), "owl_lmbda": plan.owl_lambda}
+            fields |= {"sparsity_profile": "owl", "owl_m": int(plan.owl_m), "owl_lmbda": plan.half_range}
         fields["sequential_update"] = True
     if plan.method == "sparsegpt":
         fields |= {"block_size": plan.block_size, "dampening_frac": plan.dampening}
@@ -248,10 +318,39 @@ class _Magnitude(_Modifier):
     apply_globally: Literal[False] = Field(default=False, description="false: each linear has its own threshold")
 
 
+class _Own(_Modifier):
+    """A plan of ours, field by field; `PruningPlan` checks what goes together."""
+
+    sparsity: _Fraction = Field(description="a fraction from 0 up to, not including, 1")
+    method: Method = Field(description="one of owl-deploy's methods")
+    allocation: Allocation = Field(description="one of owl-deploy's allocations")
+    owl_m: _Real = Field(default=5.0, description="a number above 0")
+    half_range: _Real | None = Field(default=None, description="a number from 0")
+    block_sparsities: tuple[_Fraction, ...] | None = Field(
+        default=None, description="a list of fractions, one for each block"
+    )
+    linear_sparsities: dict[str, _Fraction] | None = Field(
+        default=None, description="a fraction for each linear, by its full name"
+    )
+    granularity: Granularity | None = Field(default=None, description="row, layer or global")
+    statistics: Statistics | None = Field(default=None, description="dense, block or linear")
+    target: Target | None = Field(default=None, description="layer or dense")
+    ablation: Ablation | None = Field(default=None, description="seq or iter")
+    block_size: _Integer = Field(default=128, description="an integer of at least 1")
+    dampening: _Real | None = Field(default=None, description="a number above 0")
+    admm_steps: _Integer = Field(default=20, description="an integer of at least 1")
+    mask_structure: str = Field(
+        default=_UNSTRUCTURED,
+        pattern=f"^(mixed-)?{_NM_PATTERN}$",
+        description='"N:M" or "mixed-N:M" in quotes, or "0:0" for unstructured',
+    )
+
+
 _MODELS: dict[str, type[_Modifier]] = {
     _CLASS_OF["magnitude"]: _Magnitude,
     _CLASS_OF["wanda"]: _Wanda,
     _CLASS_OF["sparsegpt"]: _SparseGPT,
+    _OWN_CLASS: _Own,
 }
 _TRAINING_FIELDS = ("start", "end", "update", "update_scheduler", "scheduler_args")
 
@@ -445,8 +544,19 @@ def _field_error(
 def _plan(modifier: _Parsed) -> PruningPlan:
     if isinstance(modifier.model, _Magnitude):
         return _magnitude_plan(modifier, modifier.model)
+    if isinstance(modifier.model, _Own):
+        return _own_plan(modifier, modifier.model)
     assert isinstance(modifier.model, _Wanda)
     return _calibrated_plan(modifier, modifier.model)
+
+
+def _own_plan(modifier: _Parsed, model: _Own) -> PruningPlan:
+    fields = {name: getattr(model, name) for name in _Own.model_fields if name not in ("targets", "mask_structure")}
+    text = model.mask_structure
+    try:
+        return PruningPlan(pattern=None if text == _UNSTRUCTURED else parse_pattern(text), **fields)
+    except UserError as error:
+        raise modifier.file.refuse(modifier.entry.key, str(error)) from error
 
 
 def _calibrated_plan(modifier: _Parsed, model: _Wanda) -> PruningPlan:
@@ -456,7 +566,7 @@ def _calibrated_plan(modifier: _Parsed, model: _Wanda) -> PruningPlan:
         settings |= {"method": "sparsegpt", "block_size": model.block_size, "dampening": model.dampening_frac}
     _check_owl(modifier, model)
     if model.sparsity_profile == "owl":
-        settings |= {"allocation": "owl", "owl_m": model.owl_m, "owl_lambda": model.owl_lmbda}
+        settings |= {"allocation": "owl", "owl_m": model.owl_m, "half_range": model.owl_lmbda}
     pattern = _pattern(modifier)
     if pattern is not None:
         _check_ratio(modifier, "sparsity", model.sparsity, pattern)
@@ -556,17 +666,13 @@ def _pattern(modifier: _Parsed) -> NM | None:
 
 
 def _check_ratio(modifier: _Parsed, field: str, sparsity: float | tuple[float, ...], pattern: NM) -> None:
-    if isinstance(sparsity, tuple) or not math.isclose(sparsity, _ratio(pattern)):
+    if isinstance(sparsity, tuple) or not math.isclose(sparsity, pattern.ratio):
         raise modifier.refuse(
-            field, f"with mask_structure {pattern} the tools ignore {field}; set it to {_ratio(pattern):g}"
+            field, f"with mask_structure {pattern} the tools ignore {field}; set it to {pattern.ratio:g}"
         )
 
 
 # -------------------- small things
-
-
-def _ratio(pattern: NM) -> float:
-    return pattern.prune / pattern.of
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

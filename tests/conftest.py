@@ -37,6 +37,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": _SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "gpt_neox": _SHAPE | {"intermediate_size": 48, "max_position_embeddings": 64},
     "smollm3": _GATED | {"no_rope_layer_interval": 2, "pad_token_id": 0},
+    "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": _GATED | _WINDOWED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "falcon": _SHAPE | {"ffn_hidden_size": 48, "max_position_embeddings": 64},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
 }
 
 

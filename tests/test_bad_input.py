@@ -208,7 +208,7 @@ def test_a_sparsity_out_of_range(prune: Prune, work: Path, tiny_llama: Path, spa
         (["--allocation", "fair"], ["fair", "owl"]),
         (["--allocation", "explicit"], ["explicit"]),
         (["--owl-m", "0"], ["owl_m 0"]),
-        (["--owl-lambda", "nan"], ["owl_lambda nan"]),
+        (["--owl-lambda", "nan"], ["lambda nan"]),
     ],
 )
 def test_a_plan_that_makes_no_sense(

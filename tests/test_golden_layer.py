@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from owl_deploy.allocation.owl import outlier_percent
-from owl_deploy.pruning.plan import NM
+from owl_deploy.pruning.methods import Task, prune_linear
+from owl_deploy.pruning.plan import NM, PruningPlan
 from owl_deploy.pruning.sparsegpt import sparsegpt
-from owl_deploy.pruning.statistics import InputStatistics
+from owl_deploy.pruning.statistics import InputStatistics, Statistic
 from owl_deploy.pruning.wanda import wanda_scores
 
 Layer = dict[str, torch.Tensor]
@@ -28,10 +29,18 @@ def layer(reference: Path) -> Layer:
     return {name: torch.from_numpy(value) for name, value in np.load(reference / "layer.npz").items()}
 
 
-def collect(layer: Layer, *, gram: bool) -> InputStatistics:
+ABLATIONS = [
+    f"ablate_{metric}_{turn}_{pattern}"
+    for metric in ("wanda", "mag")
+    for turn in ("seq", "iter")
+    for pattern in ("n0m0", "n2m4")
+]
+
+
+def collect(layer: Layer, *statistic: Statistic) -> InputStatistics:
     linear = nn.Linear(200, 48, bias=False)
     linear.weight.data = layer["W"]
-    statistics = InputStatistics({"it": linear}, gram=gram)
+    statistics = InputStatistics({"it": linear}, statistic)
     for sequence in layer["X"]:
         with statistics.collecting(), torch.no_grad():
             linear(sequence[None])
@@ -39,21 +48,21 @@ def collect(layer: Layer, *, gram: bool) -> InputStatistics:
 
 
 def test_squared_input_norms(layer: Layer) -> None:
-    torch.testing.assert_close(collect(layer, gram=False).mean_square("it"), layer["scaler_row"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(collect(layer, "squares").mean_square("it"), layer["scaler_row"], rtol=1e-6, atol=0)
 
 
 def test_hessian(layer: Layer) -> None:
-    found = collect(layer, gram=True).hessian("it")
+    found = collect(layer, "gram").hessian("it")
     torch.testing.assert_close(found, layer["H"], rtol=1e-5, atol=1e-5 * layer["H"].abs().mean().item())
 
 
 def test_stopping_the_forward_pass_early_changes_no_statistics(layer: Layer) -> None:
     linear = nn.Linear(200, 48)
-    statistics = InputStatistics({"it": linear}, gram=False)
+    statistics = InputStatistics({"it": linear}, {"squares"})
     for sequence in layer["X"]:
         with statistics.collecting(stop_early=True), torch.no_grad():
             linear(sequence[None])
-    assert torch.equal(statistics.mean_square("it"), collect(layer, gram=False).mean_square("it"))
+    assert torch.equal(statistics.mean_square("it"), collect(layer, "squares").mean_square("it"))
 
 
 def test_wanda_metric(layer: Layer) -> None:
@@ -79,5 +88,28 @@ def test_sparsegpt(layer: Layer, case: str) -> None:
     assert result.dampening == 0.01
 
 
-def test_all_sparsegpt_cases_of_the_reference_are_tested(layer: Layer) -> None:
-    assert sorted(SPARSEGPT) == sorted(name for name in layer if name.startswith("sparsegpt"))
+def test_squared_input_norms_of_the_ablations(layer: Layer) -> None:
+    found = collect(layer, "ablation").ablation_square("it")
+    torch.testing.assert_close(found, layer["ablate_scaler_row"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ABLATIONS)
+def test_ablations(layer: Layer, case: str) -> None:
+    _, metric, turn, pattern = case.split("_")
+    plan = PruningPlan(
+        0.5,
+        "ablate-wanda" if metric == "wanda" else "ablate-magnitude",
+        allocation="uniform",
+        ablation="seq" if turn == "seq" else "iter",
+        pattern=NM(2, 4) if pattern == "n2m4" else None,
+    )
+    inputs = collect(layer, "gram", "ablation")
+    weight = prune_linear(Task("it", layer["W"], 0.5, plan.pattern, plan, inputs)).weight
+    agree = (weight == 0) == (layer[case] == 0)
+    assert agree.float().mean() > 0.999
+    assert (weight - layer[case])[agree].norm() < 1e-4 * layer[case].norm()
+
+
+def test_all_cases_of_the_reference_are_tested(layer: Layer) -> None:
+    solved = {name for name in layer if name.startswith(("sparsegpt", "ablate")) and name != "ablate_scaler_row"}
+    assert solved == {*SPARSEGPT, *ABLATIONS}

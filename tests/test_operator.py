@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,28 @@ def run(made: onnxruntime.InferenceSession, x: Floats) -> Floats:
     [y] = made.run(None, {"X": x})
     found: Floats = y
     return found
+
+
+# ---- The oldest and the newest ONNX Runtime ----
+
+
+def test_the_oldest_onnxruntime_gives_the_same_numbers(tmp_path: Path) -> None:
+    python = Path(__file__).parents[1] / ".venvs" / "onnxruntime" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no {python}; make .venvs/onnxruntime/.ready")
+    products: list[Path] = []
+    for format in library.FORMATS:
+        files = [tmp_path / f"{format}.{suffix}" for suffix in ("onnx", "x.npy", "y.npy")]
+        weights = in_file(pack(format), tmp_path / f"{format}.data", 4096)
+        onnx.save(model(weights), files[0])
+        np.save(files[1], inputs(3, COLUMNS))
+        products += files
+    script = Path(__file__).parent / "environments" / "run_operator.py"
+    ran = subprocess.run([python, script, library.library_path(), *products], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "1.17.0"
+    for format in library.FORMATS:
+        assert_close(np.load(tmp_path / f"{format}.y.npy"), expected(pack(format), inputs(3, COLUMNS)))
 
 
 # ---- Numbers ----

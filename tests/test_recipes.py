@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from owl_deploy.errors import UserError
-from owl_deploy.pruning.plan import ALLOCATIONS, METHODS, NM, PruningPlan
+from owl_deploy.pruning.plan import ALLOCATIONS, METHODS, NM, BlockShare, PruningPlan
 from owl_deploy.recipes import EXPLICIT_RECIPE, RECIPE, Recipe, read_recipe, write_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +41,12 @@ pruning_stage:
 
 
 def write(plan: PruningPlan, directory: Path, found: list[float] = FOUND) -> tuple[Recipe, Recipe]:
-    write_recipes(directory, plan, BLOCK, found, LAYERS[: len(found)])
+    write_recipes(directory, plan, BLOCK, [share(value) for value in found], LAYERS[: len(found)])
     return read_recipe(directory / RECIPE), read_recipe(directory / EXPLICIT_RECIPE)
+
+
+def share(sparsity: float) -> BlockShare:
+    return BlockShare({"q_proj": sparsity, "o_proj": sparsity})
 
 
 def read(text: str, directory: Path) -> Recipe:
@@ -59,28 +63,50 @@ patterns = st.integers(2, 16).flatmap(lambda of: st.builds(NM, st.integers(1, of
 
 @st.composite
 def plans(draw: st.DrawFn) -> PruningPlan:
+    """Any plan that makes sense."""
+
+    def maybe(values: st.SearchStrategy[Any]) -> Any:
+        return draw(st.none() | values)
+
+    method = draw(st.sampled_from(METHODS))
     allocation = draw(st.sampled_from(ALLOCATIONS))
     listed = draw(st.lists(fractions, min_size=2, max_size=12)) if allocation == "explicit" else None
-    return PruningPlan(
-        sparsity=draw(fractions),
-        method=draw(st.sampled_from(METHODS)),
-        allocation=allocation,
-        owl_m=draw(st.one_of(st.integers(1, 20).map(float), st.floats(0.1, 20))),
-        owl_lambda=draw(fractions),
-        block_sparsities=None if listed is None else tuple(listed),
-        pattern=draw(st.one_of(st.none(), patterns)) if allocation == "uniform" else None,
-        block_size=draw(st.integers(1, 4096)),
-        dampening=draw(st.floats(min_value=0, max_value=1e6, exclude_min=True)),
-    )
+    damped = method in ("sparsegpt", "admm") or method.startswith("ablate")
+    try:
+        return PruningPlan(
+            sparsity=draw(fractions),
+            method=method,
+            allocation=allocation,
+            owl_m=draw(st.one_of(st.integers(1, 20).map(float), st.floats(0.1, 20))),
+            half_range=maybe(fractions) if allocation in ("owl", "dlp", "linear") else None,
+            block_sparsities=None if listed is None else tuple(listed),
+            pattern=maybe(patterns) if allocation == "uniform" else None,
+            granularity=maybe(st.sampled_from(["row", "layer"])) if method in ("wanda", "magnitude") else None,
+            statistics=maybe(st.sampled_from(["dense", "block", "linear"])) if method != "magnitude" else None,
+            target=maybe(st.sampled_from(["layer", "dense"])) if method == "admm" else None,
+            ablation=maybe(st.sampled_from(["seq", "iter"])) if method.startswith("ablate") else None,
+            block_size=draw(st.integers(1, 4096)),
+            dampening=maybe(st.floats(min_value=0, max_value=1e6, exclude_min=True)) if damped else None,
+        )
+    except UserError:
+        reject()
+
+
+def is_of_the_tools(plan: PruningPlan) -> bool:
+    usual = {"magnitude": ("layer", None), "wanda": ("row", "block"), "sparsegpt": (None, "block")}
+    granularity = "layer" if plan.allocation == "global" and plan.method == "magnitude" else plan.granularity
+    if plan.allocation == "global" and plan.method == "sparsegpt":
+        granularity = None
+    return usual.get(plan.method) == (granularity, plan.statistics)
 
 
 def essence(plan: PruningPlan) -> PruningPlan:
     """The plan with every setting that its own method and allocation never look at at its default."""
     unused: dict[str, Any] = {}
     if plan.allocation != "owl":
-        unused |= {"owl_m": 5.0, "owl_lambda": 0.08}
+        unused |= {"owl_m": 5.0}
     if plan.method != "sparsegpt":
-        unused |= {"block_size": 128, "dampening": 0.01}
+        unused |= {"block_size": 128}
     if plan.pattern is not None:
         unused["sparsity"] = plan.pattern.prune / plan.pattern.of
     if plan.block_sparsities is not None:
@@ -89,7 +115,10 @@ def essence(plan: PruningPlan) -> PruningPlan:
 
 
 def frozen(plan: PruningPlan, found: list[float]) -> PruningPlan:
-    return essence(dataclasses.replace(plan, allocation="explicit", block_sparsities=tuple(found)))
+    of_global = {"granularity": "layer" if plan.method in ("magnitude", "wanda", "ria", "admm") else None}
+    changed: dict[str, Any] = of_global if plan.allocation == "global" and plan.granularity == "global" else {}
+    explicit = {"allocation": "explicit", "block_sparsities": tuple(found), "half_range": None}
+    return dataclasses.replace(plan, **explicit, **changed)
 
 
 @settings(deadline=None)  # each example writes two files
@@ -100,11 +129,30 @@ def test_a_plan_survives_writing_and_reading(
     count = len(plan.block_sparsities or LAYERS)
     found = data.draw(st.lists(fractions, min_size=count, max_size=count))
     asked, explicit = write(plan, tmp_path_factory.mktemp("recipes"), found)
-    is_sayable = plan.allocation != "owl" or (plan.method != "magnitude" and plan.owl_m.is_integer())
-    assert asked.plan == (essence(plan) if is_sayable else frozen(plan, found))
-    assert explicit.plan == (frozen(plan, found) if plan.pattern is None else essence(plan))
     for recipe in asked, explicit:
         recipe.check_targets(BLOCK, LAYERS[:count])
+    if not is_of_the_tools(plan):
+        assert asked.plan == plan
+        assert explicit.plan == (plan if plan.pattern else frozen(plan, found))
+        return
+    is_sayable = plan.allocation in ("uniform", "explicit")
+    is_sayable |= plan.allocation == "owl" and plan.method != "magnitude" and plan.owl_m.is_integer()
+    assert asked.plan == (essence(plan) if is_sayable else essence(frozen(plan, found)))
+    assert explicit.plan == (essence(frozen(plan, found)) if plan.pattern is None else essence(plan))
+
+
+def test_sparsities_that_differ_within_a_block_are_read_back(tmp_path: Path) -> None:
+    plan = PruningPlan(0.5, allocation="erdos-renyi")
+    shares = [BlockShare({"q_proj": 0.25, "o_proj": 0.75}), BlockShare({"q_proj": 0.5, "o_proj": 0.5})]
+    write_recipes(tmp_path, plan, BLOCK, shares, LAYERS[:2])
+    assert read_recipe(tmp_path / RECIPE).plan == plan
+    found = read_recipe(tmp_path / EXPLICIT_RECIPE).plan
+    assert found.allocation == "explicit"
+    assert found.linear_sparsities == {
+        f"{block}.{name}": value
+        for block, share in zip(LAYERS, shares, strict=False)
+        for name, value in share.sparsities.items()
+    }
 
 
 def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -128,8 +176,8 @@ def test_what_the_format_cannot_say_is_listed_and_said_in_the_header(
 
 
 def test_lists_of_different_lengths_are_a_programming_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 sparsities for 1 blocks"):
-        write_recipes(tmp_path, PruningPlan(0.7), BLOCK, [0.6, 0.8], LAYERS[:1])
+    with pytest.raises(ValueError, match="2 shares of 1 blocks"):
+        write_recipes(tmp_path, PruningPlan(0.7), BLOCK, [share(0.6), share(0.8)], LAYERS[:1])
 
 
 # -------------------- recipes of other people
@@ -185,7 +233,7 @@ def test_ready_made_recipes_are_readable_and_in_the_table(path: Path) -> None:
     row = next(line for line in table if f"`{path.name}`" in line)
     assert f"| {recipe.plan.sparsity:.0%} |" in row
     if recipe.plan.allocation == "owl":
-        assert f"| {recipe.plan.owl_m:g} | {recipe.plan.owl_lambda:g} |" in row
+        assert f"| {recipe.plan.owl_m:g} | {recipe.plan.half_range:g} |" in row
 
 
 # -------------------- refusals
@@ -307,17 +355,17 @@ def test_a_list_of_another_length_than_the_model_is_refused(tmp_path: Path) -> N
 # -------------------- the tools themselves
 
 PLANS = {
-    f"{method}-{kind}": dataclasses.replace(plan, method=method)
-    for method in METHODS
-    for kind, plan in {
-        "uniform": PruningPlan(0.7, allocation="uniform"),
-        "owl": PruningPlan(0.7, owl_m=7.0, owl_lambda=0.1),
-        "owl-fractional": PruningPlan(0.7, owl_m=5.5),
-        "explicit": PruningPlan(0.7, allocation="explicit", block_sparsities=tuple(reversed(FOUND))),
-        "2of4": PruningPlan(0.5, allocation="uniform", pattern=NM(2, 4)),
-        "solver": PruningPlan(0.7, allocation="uniform", block_size=64, dampening=1e-5),
+    f"{method}-{kind}": PruningPlan(method=method, **settings)
+    for method in ("magnitude", "wanda", "sparsegpt")
+    for kind, settings in {
+        "uniform": {"sparsity": 0.7, "allocation": "uniform"},
+        "owl": {"sparsity": 0.7, "owl_m": 7.0, "half_range": 0.1},
+        "owl-fractional": {"sparsity": 0.7, "owl_m": 5.5},
+        "dlp": {"sparsity": 0.7, "allocation": "dlp"},
+        "explicit": {"sparsity": 0.7, "allocation": "explicit", "block_sparsities": tuple(reversed(FOUND))},
+        "2of4": {"sparsity": 0.5, "allocation": "uniform", "pattern": NM(2, 4)},
     }.items()
-}
+} | {"solver": PruningPlan(0.7, "sparsegpt", "uniform", block_size=64, dampening=1e-5)}
 
 
 def interpreter(name: str) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.registry import EngineSpec
@@ -45,7 +45,7 @@ def make_levels(
     source: ModelSource,
     out: Path,
     sparsities: list[float],
-    plan: PruningPlan,
+    plan: Mapping[str, Any],
     calibration: Calibration,
     engines: Sequence[EngineSpec],
     *,
@@ -54,14 +54,18 @@ def make_levels(
     """Prune and export `source` at every sparsity, for these engines, reusing what is there; the bundles' directories.
 
     All levels are pruned from the dense level's checkpoint, so a GGUF file is converted once, and share the dense
-    model's LOD.
+    model's input statistics.
+
+    Args:
+        plan: the fields of each level's `PruningPlan`, but for the sparsity.
 
     Raises:
         UserError: see `prune_checkpoint` and `export_checkpoint`.
     """
+    plans = {sparsity: PruningPlan(sparsity, **plan) for sparsity in sparsities}  # mistakes are told before the work
     bundles = []
     dense = out / "0" / "checkpoint"
-    prune_checkpoint(source, dense, dataclasses.replace(plan, sparsity=0.0), calibration, reporter=reporter)
+    prune_checkpoint(source, dense, PruningPlan(0.0), calibration, reporter=reporter)
     for sparsity in sparsities:
         reporter.step(f"sparsity {sparsity:g}")
         level = out / f"{sparsity:g}"
@@ -69,9 +73,9 @@ def make_levels(
             prune_checkpoint(
                 ModelSource(source.name, dense),
                 level / "checkpoint",
-                dataclasses.replace(plan, sparsity=sparsity),
+                plans[sparsity],
                 calibration,
-                lod_file=out / "lod.json",
+                statistics_file=out / "statistics.safetensors",
                 reporter=reporter,
             )
         bundle = level / "bundle"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from owl_deploy.errors import UserError
+
+Linear: TypeAlias = nn.Linear | Conv1D
+"""What is pruned. GPT-2's Conv1D is a linear whose weight is stored transposed, [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +23,42 @@ class Block:
 
     Attributes:
         name: module path, for example `model.layers.3`.
-        linears: every `nn.Linear` in it, by path inside the block (`self_attn.q_proj`), in module order.
+        linears: every linear in it, by path inside the block (`self_attn.q_proj`), in module order.
     """
 
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Linear]
 
     @property
     def weights(self) -> int:
         """Number of weights in the linears (biases not counted: they are never pruned)."""
-        return sum(linear.weight.numel() for linear in self.linears.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights by linear."""
+        return {name: linear.weight.numel() for name, linear in self.linears.items()}
+
+    def full_name(self, linear: str) -> str:
+        """The module path of one of the linears, from the model."""
+        return f"{self.name}.{linear}"
+
+
+def without_indices(name: str) -> str:
+    """A linear's path without the numbers in it: the same for like linears of all experts."""
+    return re.sub(r"\.\d+\.", ".", name)
+
+
+def matrix_of(linear: Linear) -> torch.Tensor:
+    """The weight of a linear, [out, in]; a view of it, which for a Conv1D is not contiguous."""
+    weight: torch.Tensor = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    return weight
+
+
+def set_matrix(linear: Linear, matrix: torch.Tensor) -> None:
+    """Give a linear the weights [out, in]."""
+    linear.weight.data = matrix.T.contiguous() if isinstance(linear, Conv1D) else matrix
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
@@ -35,7 +66,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
     Raises:
         UserError: there is no such list, or its blocks keep weights where pruning would not see them
-            (GPT-2's Conv1D, fused mixture-of-experts tensors).
+            (fused mixture-of-experts tensors).
     """
     family = type(model).__name__
     candidates = [(name, module) for name, module in model.named_modules() if _is_block_list(module)]
@@ -51,7 +82,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     for index, layer in enumerate(layers.children()):
         name = f"{prefix}.{index}"
         _refuse_hidden_weights(family, name, layer)
-        linears = {path: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = {path: module for path, module in layer.named_modules() if isinstance(module, Linear)}
         blocks.append(Block(name, layer, linears))
     if not any(block.linears for block in blocks):
         raise UserError(f"{family}: its blocks hold no linears to prune")
@@ -61,16 +92,12 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 def _is_block_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         return False
-    return all(any(isinstance(part, nn.Linear | Conv1D) for part in layer.modules()) for layer in module)
+    return all(any(isinstance(part, Linear) for part in layer.modules()) for layer in module)
 
 
 def _refuse_hidden_weights(family: str, block_name: str, block: nn.Module) -> None:
-    largest = max((part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear)), default=0)
+    largest = max((part.weight.numel() for part in block.modules() if isinstance(part, Linear)), default=0)
     for path, module in block.named_modules():
-        if isinstance(module, Conv1D):
-            raise UserError(
-                f"{family}: {block_name}.{path} is a Conv1D (transposed weights, GPT-2 style), which is not supported"
-            )
         for name, parameter in module.named_parameters(recurse=False):
             # DBRX stacks its experts into one matrix. Smaller ones are no experts: Mamba's A_log, for example.
             stacked = parameter.ndim == 2 and parameter.numel() > largest

@@ -41,10 +41,12 @@ def bench(
     max_load: Annotated[
         float, typer.Option(min=0, help="Cores that other processes may keep busy; above, bench refuses to start.")
     ] = 1.0,
-    method: Annotated[str, typer.Option(help="Of a sweep: pruning method.")] = "wanda",
-    allocation: Annotated[str, typer.Option(help="Of a sweep: owl or uniform.")] = "owl",
-    owl_m: Annotated[float, typer.Option(help="Of a sweep: OWL's M.")] = 5.0,
-    owl_lambda: Annotated[float, typer.Option(help="Of a sweep: OWL's lambda.")] = 0.08,
+    method: options.Method = None,
+    allocation: Annotated[
+        Optional[str], typer.Option(help="How many of each block: see `prune`. Default: owl; with admm, linear.")
+    ] = None,
+    owl_m: options.OwlM = None,
+    half_range: options.HalfRange = None,
     calibration: options.Calibration = "c4",
     samples: options.Samples = None,
     calibration_seqlen: Annotated[
@@ -73,7 +75,6 @@ def bench(
     from owl_deploy.bench.sweep import make_levels, parse_sparsities
     from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.engines.registry import installed_engines
-    from owl_deploy.pruning.plan import PruningPlan
     from owl_deploy.pruning.run import Calibration
     from owl_deploy.report.tables import terminal_table
 
@@ -84,10 +85,11 @@ def bench(
     options.use_threads(threads)
     paths = list(bundles or ())
     if sweep is not None:
-        plan = PruningPlan(0.0, method, allocation, owl_m, owl_lambda)  # type: ignore[arg-type]  # checked by it
+        asked = {"method": method, "allocation": allocation, "owl_m": owl_m, "half_range": half_range}
+        given = {name: value for name, value in asked.items() if value is not None}
         wanted = Calibration(calibration, samples, calibration_seqlen, seed)
         levels = parse_sparsities(sparsities)
-        paths = make_levels(resolve_model(sweep), output, levels, plan, wanted, specs, reporter=reporter)
+        paths = make_levels(resolve_model(sweep), output, levels, given, wanted, specs, reporter=reporter)
     request = Request(
         prompt=prompt,
         new_tokens=new_tokens,

@@ -14,6 +14,23 @@ Calibration = Annotated[
     typer.Option(help="Text to calibrate on: c4, wikitext2, demo, a .txt, .jsonl or .parquet file, or a .npy of ids."),
 ]
 Samples = Annotated[Optional[int], typer.Option(min=1, help="Calibration windows. Default: 128.")]
+Method = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Which weights go: wanda (default), sparsegpt, admm, ria, wanda-variant, magnitude, ablate-magnitude or "
+        "ablate-wanda."
+    ),
+]
+OwlM = Annotated[Optional[float], typer.Option(help="OWL: outliers exceed M times the mean. Default: 5.")]
+HalfRange = Annotated[
+    Optional[float],
+    typer.Option(
+        "--lambda",
+        "--owl-lambda",
+        help="Half the range of block sparsities: owl's lambda (default 0.08), dlp's alpha (0.15), linear's slope "
+        "(0.0725 up to 60%, then 0.12).",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 MODEL_HELP = "Hub id, local directory, .gguf file, or `demo` (SmolLM2-135M-Instruct from the demo extra)."

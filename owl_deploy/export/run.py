@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks
+from owl_deploy.checkpoints.structure import find_blocks, matrix_of
 from owl_deploy.engines.protocol import TokenIds
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UnsupportedFamily, UserError
@@ -261,7 +261,7 @@ _EXPORTERS: dict[Flavor, Callable[[Path, Path, bool], tuple[str, str]]] = {"stan
 
 def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:
     linears = {
-        f"{block.name}.{name}": linear.weight.detach().numpy()
+        block.full_name(name): matrix_of(linear).detach().contiguous().numpy()
         for block in find_blocks(model)
         for name, linear in block.linears.items()
     }

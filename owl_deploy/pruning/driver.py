@@ -1,75 +1,30 @@
-"""Pruning a model in memory, block by block: first how sparse each block becomes, then which weights go."""
+"""Pruning a model block by block: run a block, see its inputs, prune it, run it again for the next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
-from owl_deploy.allocation.owl import outlier_percent, owl_sparsities
-from owl_deploy.checkpoints.structure import Block
+from owl_deploy.checkpoints.structure import Block, Linear, matrix_of, set_matrix, without_indices
 from owl_deploy.errors import UserError
-from owl_deploy.pruning.magnitude import magnitude_mask
+from owl_deploy.pruning.dense import DenseStatistics
 from owl_deploy.pruning.manifest import BlockRecord, LinearRecord
-from owl_deploy.pruning.plan import PruningPlan
-from owl_deploy.pruning.sparsegpt import sparsegpt
+from owl_deploy.pruning.methods import Task, needed_statistics, prune_linear
+from owl_deploy.pruning.plan import BlockShare, PruningPlan
 from owl_deploy.pruning.statistics import InputStatistics
-from owl_deploy.pruning.stream import CalibrationStream, in_fp32
-from owl_deploy.pruning.wanda import wanda_mask, wanda_scores
+from owl_deploy.pruning.stream import CalibrationStream
+from owl_deploy.pruning.target import DenseBlock, DenseTargets, observe
+from owl_deploy.pruning.weights import BlockWeights, InMemory
 from owl_deploy.reporting import SILENT, Reporter
 
-
-def needs_calibration(plan: PruningPlan) -> bool:
-    """Whether the plan looks at activations at all."""
-    return plan.sparsity > 0 and (plan.method != "magnitude" or plan.allocation == "owl")
-
-
-@torch.no_grad()
-def measure_lod(
-    model: PreTrainedModel, blocks: list[Block], ids: NDArray[np.int64], m: float, reporter: Reporter = SILENT
-) -> list[float]:
-    """OWL's D of every block of the dense model, in percent (paper, equation 1).
-
-    Args:
-        ids: calibration windows [n, length].
-        m: the paper's M.
-    """
-    stream = CalibrationStream(model, blocks, ids)
-    lod = []
-    for block in reporter.track(blocks, f"outliers (M = {m:g})"):
-        with in_fp32(block.module):
-            statistics = InputStatistics(block.linears, gram=False)
-            stream.advance(block, statistics)
-            scores = (
-                wanda_scores(linear.weight, statistics.mean_square(name)) for name, linear in block.linears.items()
-            )
-            lod.append(outlier_percent(scores, m))
-    return lod
-
-
-def allocate(plan: PruningPlan, blocks: list[Block], lod: Sequence[float] | None) -> list[float]:
-    """The sparsity of each block; `lod` is needed for OWL.
-
-    Raises:
-        UserError: an explicit list does not have one value per block.
-    """
-    if plan.pattern is not None:
-        return [plan.pattern.prune / plan.pattern.of] * len(blocks)
-    if plan.block_sparsities is not None:
-        if len(plan.block_sparsities) != len(blocks):
-            raise UserError(
-                f"{len(plan.block_sparsities)} block sparsities were given; this model has {len(blocks)} blocks"
-            )
-        return list(plan.block_sparsities)
-    if plan.allocation == "owl" and plan.sparsity > 0:
-        if lod is None:
-            raise ValueError("OWL allocates by LOD")
-        return owl_sparsities(lod, plan.sparsity, plan.owl_lambda, [block.weights for block in blocks])
-    return [plan.sparsity] * len(blocks)
+Finished = Callable[[Block], BlockRecord | None]
+"""Puts back what an earlier run made of a block, and returns its record; None if no run finished it."""
+Done = Callable[[Block, BlockRecord], None]
+"""Told of every block that was pruned, with its weights in their own dtype."""
 
 
 @torch.no_grad()
@@ -77,85 +32,154 @@ def prune_blocks(
     model: PreTrainedModel,
     blocks: list[Block],
     plan: PruningPlan,
-    sparsities: Sequence[float],
+    shares: Sequence[BlockShare],
     *,
     ids: NDArray[np.int64] | None,
-    lod: Sequence[float] | None = None,
+    dense: DenseStatistics | None = None,
+    weights: BlockWeights | None = None,
+    finished: Finished = lambda _: None,
+    done: Done = lambda _, __: None,
     reporter: Reporter = SILENT,
 ) -> list[BlockRecord]:
     """Prune every block of `model` in place, each seeing what the pruned blocks before it put out.
 
     Args:
-        sparsities: one per block, from `allocate`.
+        shares: what each block gives up, from `allocate`.
         ids: calibration windows [n, length]; None where the method looks at weights only.
-        lod: recorded beside the sparsities.
+        dense: input statistics of the dense model, if they were measured: a method that looks at these and no more
+            runs no pass of its own.
+        weights: where the blocks' weights are; by default in memory.
     """
-    calibrated = plan.method != "magnitude" and any(sparsities)
-    stream = CalibrationStream(model, blocks, ids) if calibrated and ids is not None else None
-    if calibrated and stream is None:
-        raise ValueError(f"{plan.method} needs calibration windows")
+    weights = weights or InMemory()
+    known = dense if plan.statistics == "dense" and needed_statistics(plan.method) == {"squares"} else None
+    stream = None
+    if plan.method != "magnitude" and known is None and any(any(share.sparsities.values()) for share in shares):
+        if ids is None:
+            raise ValueError(f"{plan.method} needs calibration windows")
+        stream = weights.stream(model, blocks, ids)
+    pruner = _Pruner(plan, stream, known)
     records = []
     for index, block in enumerate(reporter.track(blocks, f"pruning ({plan.method})")):
         dtypes = {name: linear.weight.dtype for name, linear in block.linears.items()}
-        with in_fp32(block.module):
-            statistics = stream.collect(block, gram=plan.method == "sparsegpt") if stream else None
-            linears = [
-                _prune_linear(name, linear, plan, sparsities[index], statistics, dtypes[name])
-                for name, linear in block.linears.items()
-            ]
-            if stream and index + 1 < len(blocks):
-                stream.advance(block)
-        records.append(_record(block, linears, sparsities[index], lod[index] if lod else None))
+        with weights.held(block):
+            record, is_new = pruner.block(block, shares[index], dtypes, finished)
+            if index + 1 < len(blocks):
+                pruner.advance(block)
+        if is_new:
+            done(block, record)
+        records.append(record)
     return records
 
 
-def _prune_linear(
-    name: str,
-    linear: nn.Linear,
-    plan: PruningPlan,
-    sparsity: float,
-    statistics: InputStatistics | None,
-    dtype: torch.dtype,
-) -> LinearRecord:
+class _Pruner:
+    """Takes the calibration stream, and the dense one beside it where that is the target, from block to block."""
+
+    def __init__(self, plan: PruningPlan, stream: CalibrationStream | None, known: DenseStatistics | None) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._dense_stream = stream.twin() if stream and plan.target == "dense" else None
+        self._known = known
+        self._needs = needed_statistics(plan.method)
+
+    def block(
+        self, block: Block, share: BlockShare, dtypes: Mapping[str, torch.dtype], finished: Finished
+    ) -> tuple[BlockRecord, bool]:
+        """Prune a block whose weights are in fp32, unless that is done; its record, and whether it is new."""
+        dense = observe(self._dense_stream, block) if self._dense_stream else None
+        of_dense = self._statistics_of_dense(block)
+        if (record := finished(block)) is not None:
+            return record, False
+        linears: dict[str, LinearRecord] = {}
+        for stage in self._stages(block):
+            statistics, targets = (of_dense, None) if of_dense else self._collect(block, stage, dense)
+            for name, linear in stage.items():
+                task = Task(
+                    name,
+                    matrix_of(linear).contiguous(),
+                    share.sparsities[name],
+                    share.pattern,
+                    self._plan,
+                    statistics,
+                    targets.correlation(name) if targets else None,
+                )
+                linears[name] = _prune(block, linear, task, dtypes[name])
+        return _record(block, share, [linears[name] for name in block.linears]), True
+
+    def advance(self, block: Block) -> None:
+        """Move the stream past the pruned block; with dense statistics it has passed the dense one already."""
+        if self._stream and self._plan.statistics != "dense":
+            self._stream.advance(block)
+
+    def _statistics_of_dense(self, block: Block) -> InputStatistics | None:
+        """With dense statistics: those of the block, whose weights are dense still."""
+        if self._known is not None:
+            return self._known.of(block)
+        if self._stream is None or self._plan.statistics != "dense":
+            return None
+        statistics = InputStatistics(block.linears, self._needs)
+        self._stream.advance(block, statistics)
+        return statistics
+
+    def _stages(self, block: Block) -> list[dict[str, Linear]]:
+        """All linears at once; or, truly sequential, those that share an input, in the order they are called.
+
+        Experts are one stage: those of all first projections, then those of all second ones.
+        """
+        if self._stream is None or self._plan.statistics != "linear":
+            return [block.linears]
+        called = self._stream.leaders(block)
+        stages: dict[str, dict[str, Linear]] = {}
+        for name, leader in called.items():
+            stages.setdefault(without_indices(leader), {})[name] = block.linears[name]
+        stage_of = {without_indices(name): stage for stage in stages.values() for name in stage}
+        last = list(stages.values())[-1]
+        for name in block.linears.keys() - called.keys():  # experts that saw no token of the first window
+            stage_of.get(without_indices(name), last)[name] = block.linears[name]
+        return [{name: stage[name] for name in block.linears if name in stage} for stage in stages.values()]
+
+    def _collect(
+        self, block: Block, stage: Mapping[str, Linear], dense: DenseBlock | None
+    ) -> tuple[InputStatistics | None, DenseTargets | None]:
+        if self._stream is None:
+            return None, None
+        statistics = InputStatistics(stage, self._needs)
+        targets = DenseTargets(block, stage, dense) if dense else None
+        self._stream.collect(block, statistics, targets.watch if targets else None)
+        return statistics, targets
+
+
+def _prune(block: Block, linear: Linear, task: Task, dtype: torch.dtype) -> LinearRecord:
     """Prune one linear whose weight is in fp32, rounding what is kept to the checkpoint's `dtype`."""
-    weight, dampening = linear.weight, None
-    if not weight.isfinite().all():
+    name = block.full_name(task.name)
+    if not task.weight.isfinite().all():
         raise UserError(f"{name}: holds NaN or infinite weights; fetch the model again")
-    if statistics is None:
-        weight = weight.masked_fill(magnitude_mask(weight, sparsity, plan.pattern), 0)
-    elif plan.method == "wanda":
-        weight = weight.masked_fill(wanda_mask(weight, statistics.mean_square(name), sparsity, plan.pattern), 0)
-    else:
-        result = sparsegpt(
-            weight,
-            statistics.hessian(name),
-            sparsity,
-            pattern=plan.pattern,
-            block_size=plan.block_size,
-            dampening=plan.dampening,
+    result = prune_linear(task)
+    weight = result.weight.to(dtype)
+    if not weight.isfinite().all():
+        raise UserError(
+            f"{name}: {task.plan.method} makes weights too large for {dtype}; convert the model to bf16 first"
         )
-        weight, dampening = result.weight, result.dampening
-    linear.weight.data = weight.to(dtype).float()
+    set_matrix(linear, weight.float())
     return LinearRecord(
-        name=name,
-        shape=(linear.out_features, linear.in_features),
-        sparsity_asked=sparsity,
-        sparsity_achieved=_zeros(linear) / linear.weight.numel(),
-        dampening=dampening,
+        name=task.name,
+        shape=(weight.shape[0], weight.shape[1]),
+        sparsity_asked=task.sparsity,
+        sparsity_achieved=_zeros(linear) / weight.numel(),
+        dampening=result.dampening,
     )
 
 
-def _zeros(linear: nn.Linear) -> int:
+def _zeros(linear: Linear) -> int:
     return int((linear.weight == 0).sum())
 
 
-def _record(block: Block, linears: list[LinearRecord], asked: float, lod: float | None) -> BlockRecord:
+def _record(block: Block, share: BlockShare, linears: list[LinearRecord]) -> BlockRecord:
     zeros = sum(_zeros(linear) for linear in block.linears.values())
     return BlockRecord(
         name=block.name,
         weights=block.weights,
-        lod_percent=lod,
-        sparsity_asked=asked,
+        lod_percent=share.lod_percent,
+        sparsity_asked=share.mean(block.sizes),
         sparsity_achieved=zeros / block.weights,
         linears=linears,
     )

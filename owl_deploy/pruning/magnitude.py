@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from owl_deploy.pruning.plan import NM
-from owl_deploy.pruning.selection import kth_smallest, smallest_of_each_group
+from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: float, pattern: NM | None = None) -> torch.Tensor:
@@ -19,8 +19,4 @@ def magnitude_mask(weight: torch.Tensor, sparsity: float, pattern: NM | None = N
         bool [out, in], true where pruned.
     """
     scores = weight.abs()
-    if pattern is not None:
-        return smallest_of_each_group(scores, pattern)
-    if sparsity == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    return scores <= kth_smallest(scores.flatten()[None], int(scores.numel() * sparsity))
+    return smallest_of_layer(scores, sparsity) if pattern is None else smallest_of_each_group(scores, pattern)

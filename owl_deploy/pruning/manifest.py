@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from owl_deploy import __version__
 from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
+from owl_deploy.pruning.plan import PruningPlan
 
 MANIFEST = "pruning.json"
 
@@ -68,6 +69,27 @@ class PerplexityRecord(Record):
     after: float
 
 
+class TrialRecord(Record):
+    """One allocation that `--tune` tried, and its perplexity on the held-out windows."""
+
+    allocation: str
+    owl_m: float
+    half_range: float | None
+    perplexity: float
+
+    @classmethod
+    def of(cls, plan: PruningPlan, perplexity: float) -> TrialRecord:
+        return cls(allocation=str(plan.allocation), owl_m=plan.owl_m, half_range=plan.half_range, perplexity=perplexity)
+
+    def is_of(self, plan: PruningPlan) -> bool:
+        return (self.allocation, self.owl_m, self.half_range) == (plan.allocation, plan.owl_m, plan.half_range)
+
+    def __str__(self) -> str:
+        of_owl = f" M {self.owl_m:g}" if self.allocation.startswith("owl") else ""
+        of_range = "" if self.half_range is None else f" {self.half_range:g}"
+        return f"{self.allocation}{of_owl}{of_range}: perplexity {self.perplexity:.2f}"
+
+
 class PruningManifest(Record):
     """The whole of `pruning.json`."""
 
@@ -79,6 +101,7 @@ class PruningManifest(Record):
     plan: dict[str, object]
     seed: int
     calibration: TextRecord | None
+    tuning: list[TrialRecord] = []
     sparsity_asked: float
     sparsity_achieved: float
     blocks: list[BlockRecord]

@@ -5,34 +5,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block, find_blocks
+from owl_deploy.checkpoints.structure import Block
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
-from owl_deploy.files import read_json, staged_directory, write_json, write_text
-from owl_deploy.pruning.driver import allocate, measure_lod, needs_calibration, prune_blocks
+from owl_deploy.files import (
+    disk_errors,
+    read_json,
+    resumable_directory,
+    staged_directory,
+    write_json,
+    write_text,
+)
+from owl_deploy.pruning.allocate import allocate
+from owl_deploy.pruning.dense import DenseStatistics, measure_dense
+from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.figure import plot_allocation
 from owl_deploy.pruning.manifest import (
     MANIFEST,
     PerplexityRecord,
     PruningManifest,
     TextRecord,
+    TrialRecord,
     fingerprint,
     read_manifest,
     versions,
 )
-from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.pruning.opened import OpenedModel
+from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
+from owl_deploy.pruning.tune import tune
 from owl_deploy.recipes import Recipe, write_recipes
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
+
+_STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,14 @@ class Calibration:
     samples: int | None = None
     seqlen: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where pruning computes; `offload` holds one block of the model at a time."""
+
+    device: str = "cpu"
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,43 +84,49 @@ def prune_checkpoint(
     *,
     evaluation: Evaluation | None = None,
     recipe: Recipe | None = None,
-    lod_file: Path | None = None,
+    tune_over: tuple[Allocation, ...] = (),
+    statistics_file: Path | None = None,
+    execution: Execution = Execution(),  # frozen
     reporter: Reporter = SILENT,
 ) -> PruningManifest:
     """Prune `source` into the new directory `out`, or find it there already made from the same inputs.
 
+    A run that was killed is gone on with after the last block it finished.
+
     Args:
         recipe: the recipe `plan` came from; the blocks it names must be this model's.
-        lod_file: where levels of one sweep share the LOD of their dense model.
+        tune_over: choose among these allocations, and the parameters of the best, by held-out calibration text.
+        statistics_file: where levels of one sweep share the input statistics of their dense model.
 
     Raises:
         UserError: something is wrong with the model, the text or the output directory; `out` is then not there.
     """
     clock = _Clock()
+    _check_device(execution.device)
     with clock.phase("hash"):
         model_sha256 = source.fingerprint()
     tokenizer = load_tokenizer(source)
     with clock.phase("text"):
-        windows = _calibration_windows(plan, calibration, tokenizer)
+        windows = _calibration_windows(plan, bool(tune_over), calibration, tokenizer)
         evaluated = _evaluation_windows(evaluation, tokenizer)
-    inputs_sha256 = fingerprint(
-        {
-            "model": model_sha256,
-            "plan": dataclasses.asdict(plan),
-            "calibration": windows.sha256 if windows else None,
-            "evaluation": evaluated.sha256 if evaluated else None,
-        }
-    )
+    inputs = {
+        "model": model_sha256,
+        "plan": dataclasses.asdict(plan),
+        "tune_over": tune_over,
+        "calibration": windows.sha256 if windows else None,
+        "evaluation": evaluated.sha256 if evaluated else None,
+    }
+    inputs_sha256 = fingerprint(inputs)
     if (made := read_manifest(out)) is not None:
         if made.inputs_sha256 != inputs_sha256:
             raise UserError(f"{out}: holds a checkpoint pruned from other inputs; choose another output directory")
         reporter.step(f"{out}: already made from the same inputs")
         return made
 
-    with staged_directory(out, manifest=MANIFEST) as staging:
+    with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, inputs_sha256) as unfinished:
         with clock.phase("load"):
-            model = load_model(source)
-            blocks = find_blocks(model)
+            opened = OpenedModel(source, staging, unfinished, execution.device)
+            model, blocks = opened.model, opened.blocks
         block_class, names = type(blocks[0].module).__name__, [block.name for block in blocks]
         if recipe is not None:
             recipe.check_targets(block_class, names)
@@ -106,16 +134,31 @@ def prune_checkpoint(
             if text is not None:
                 check_windows(text, vocabulary=model.config.vocab_size, context=context_length(model))
         before = _evaluate(source, evaluated, clock, reporter)
+        trials: list[TrialRecord] = []
+        if tune_over and windows is not None:
+            with clock.phase("tune"):
+                plan, trials = _tune(opened, plan, tune_over, windows, unfinished, reporter)
         with clock.phase("allocate"):
-            lod = _lod(model, blocks, plan, windows, model_sha256, lod_file, reporter)
-            sparsities = allocate(plan, blocks, lod)
+            dense = _dense_statistics(
+                opened, plan, windows, model_sha256, statistics_file or unfinished / _STATISTICS, reporter
+            )
+            shares = allocate(plan, blocks, opened.weights, dense)
         with clock.phase("prune"):
             records = prune_blocks(
-                model, blocks, plan, sparsities, ids=windows.ids if windows else None, lod=lod, reporter=reporter
+                model,
+                blocks,
+                plan,
+                shares,
+                ids=windows.ids if windows else None,
+                dense=dense,
+                weights=opened.weights,
+                finished=opened.finished.restore,
+                done=opened.finished.add,
+                reporter=reporter,
             )
         with clock.phase("save"):
-            _save(model, tokenizer, staging)
-        write_recipes(staging, plan, block_class, sparsities, names)
+            opened.save(tokenizer)
+        write_recipes(staging, plan, block_class, shares, names)
         after = _evaluate(ModelSource(source.name, staging), evaluated, clock, reporter)
         weights = sum(block.weights for block in records)
         manifest = PruningManifest(
@@ -126,7 +169,8 @@ def prune_checkpoint(
             plan=dataclasses.asdict(plan),
             seed=calibration.seed,
             calibration=_text_record(windows),
-            sparsity_asked=plan.sparsity,
+            tuning=trials,
+            sparsity_asked=plan.sparsity if plan.linear_sparsities is None else _mean_share(shares, blocks),
             sparsity_achieved=sum(block.sparsity_achieved * block.weights for block in records) / weights,
             blocks=records,
             perplexity=_perplexity_record(evaluated, before, after),
@@ -139,10 +183,47 @@ def prune_checkpoint(
     return manifest
 
 
+def _mean_share(shares: Sequence[BlockShare], blocks: Sequence[Block]) -> float:
+    asked = sum(share.mean(block.sizes) * block.weights for share, block in zip(shares, blocks, strict=True))
+    return asked / sum(block.weights for block in blocks)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {device}: torch cannot compute there ({reason})") from error
+
+
+def _tune(
+    opened: OpenedModel,
+    plan: PruningPlan,
+    allocations: tuple[Allocation, ...],
+    windows: TokenWindows,
+    unfinished: Path,
+    reporter: Reporter,
+) -> tuple[PruningPlan, list[TrialRecord]]:
+    """`tune`, going on where an earlier run was killed."""
+    file = unfinished / "trials.json"
+    known = [TrialRecord.model_validate(trial) for trial in read_json(file)] if file.is_file() else []
+    return tune(
+        opened.model,
+        opened.blocks,
+        plan,
+        allocations,
+        windows.ids,
+        opened.weights,
+        known=known,
+        tried=lambda trials: write_json(file, [trial.model_dump(mode="json") for trial in trials]),
+        reporter=reporter,
+    )
+
+
 def _calibration_windows(
-    plan: PruningPlan, calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None
+    plan: PruningPlan, tuned: bool, calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None
 ) -> TokenWindows | None:
-    if not needs_calibration(plan):
+    if not (plan.needs_inputs or plan.needs_lod or tuned):
         return None
     return calibration_windows(
         calibration.spec,
@@ -153,28 +234,24 @@ def _calibration_windows(
     )
 
 
-def _lod(
-    model: PreTrainedModel,
-    blocks: list[Block],
+def _dense_statistics(
+    opened: OpenedModel,
     plan: PruningPlan,
     windows: TokenWindows | None,
     model_sha256: str,
-    lod_file: Path | None,
+    file: Path,
     reporter: Reporter,
-) -> list[float] | None:
-    """OWL's D per block, from `lod_file` if it was measured there from the same inputs."""
-    if plan.allocation != "owl" or windows is None:
+) -> DenseStatistics | None:
+    """What the allocation asks of the dense model, from `file` if it was measured there from the same inputs."""
+    if not plan.needs_lod or windows is None:
         return None
-    inputs = {"model": model_sha256, "calibration": windows.sha256, "owl_m": plan.owl_m}
-    if lod_file is not None and lod_file.is_file():
-        known = read_json(lod_file)
-        if known["inputs"] == inputs:
-            lod: list[float] = known["lod_percent"]
-            return lod
-    lod = measure_lod(model, blocks, windows.ids, plan.owl_m, reporter)
-    if lod_file is not None:
-        write_json(lod_file, {"inputs": inputs, "lod_percent": lod})
-    return lod
+    inputs_sha256 = fingerprint({"model": model_sha256, "calibration": windows.sha256})
+    if (known := DenseStatistics.load(file, inputs_sha256)) is not None:
+        return known
+    dense = measure_dense(opened.model, opened.blocks, windows.ids, opened.weights, reporter)
+    with disk_errors(file):
+        dense.save(file, inputs_sha256)
+    return dense
 
 
 def _evaluate(source: ModelSource, windows: TokenWindows | None, clock: _Clock, reporter: Reporter) -> float | None:
@@ -183,13 +260,6 @@ def _evaluate(source: ModelSource, windows: TokenWindows | None, clock: _Clock, 
         return None
     with clock.phase("evaluate"):
         return perplexity(load_model(source, torch.float32), windows.ids, reporter)
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
-    model.config.use_cache = True  # calibration switched it off
-    model.save_pretrained(directory, safe_serialization=True, max_shard_size="5GB")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
 
 
 def _evaluation_windows(

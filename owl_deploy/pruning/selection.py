@@ -11,8 +11,10 @@ from owl_deploy.pruning.plan import NM
 def kth_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Element `k` (from 0) of each sorted row: [rows, columns] fp32 -> [rows, 1].
 
-    numpy's vectorised partition is several times faster than torch's sort.
+    On a CPU, numpy's vectorised partition is several times faster than torch's sort.
     """
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k + 1, dim=1, keepdim=True).values
     return torch.from_numpy(np.partition(scores.numpy(), k, axis=1)[:, k : k + 1])
 
 
@@ -31,6 +33,19 @@ def smallest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
     below, ties = scores < threshold, scores == threshold
     missing = count - below.sum(dim=1, keepdim=True)
     return below | (ties & (ties.cumsum(dim=1) <= missing))
+
+
+def smallest_of_layer(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Mark by one threshold for all rows, as published: `scores <= sorted(scores)[int(numel * s)]`.
+
+    Equal scores at the threshold all go, one weight more than `sparsity` says at least; at 0 none does.
+
+    Returns:
+        bool [rows, columns].
+    """
+    if sparsity == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return scores <= kth_smallest(scores.flatten()[None], int(scores.numel() * sparsity))
 
 
 def smallest_of_each_group(scores: torch.Tensor, pattern: NM) -> torch.Tensor:

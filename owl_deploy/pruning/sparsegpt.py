@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from owl_deploy.errors import UserError
 from owl_deploy.pruning.plan import NM
-from owl_deploy.pruning.selection import kth_smallest, smallest_of_each_group
+from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer
 
 _DAMPENING_TRIES = 8
+
+Scores = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+"""Of some columns' current weights [out, n], diag(U) there [n], and where they are: what to prune by, [out, n]."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,11 @@ class SparseGPTResult:
     dampening: float
 
 
+def saliency(weights: torch.Tensor, diagonal: torch.Tensor, _where: slice) -> torch.Tensor:
+    """SparseGPT's own score: `w^2 / U_jj^2`, the error that pruning a weight leaves after the update."""
+    return weights**2 / diagonal**2
+
+
 def sparsegpt(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -29,6 +38,8 @@ def sparsegpt(
     pattern: NM | None = None,
     block_size: int = 128,
     dampening: float = 0.01,
+    scores: Scores = saliency,
+    fixed_mask: torch.Tensor | None = None,
 ) -> SparseGPTResult:
     """Prune one linear and update its remaining weights.
 
@@ -38,6 +49,8 @@ def sparsegpt(
         sparsity: fraction to zero within every `block_size` columns. Ignored with a `pattern`.
         dampening: added to the diagonal of H, as a fraction of its mean. Where H is still not positive definite,
             ten times as much is tried, and so on.
+        scores: what is pruned by, on weights as updated so far (the published ablations put another metric here).
+        fixed_mask: bool [out, in], true where to prune: then only the update is SparseGPT's.
 
     Raises:
         UserError: H stays indefinite (it holds NaN or infinities).
@@ -53,12 +66,19 @@ def sparsegpt(
         end = min(start + block_size, W.shape[1])
         block, error = W[:, start:end].clone(), torch.zeros_like(W[:, start:end])
         inverse = U[start:end, start:end]
-        saliency = block**2 / inverse.diagonal() ** 2
-        mask = _block_mask(saliency, sparsity) if pattern is None else torch.zeros_like(block, dtype=torch.bool)
+        if fixed_mask is not None:
+            mask = fixed_mask[:, start:end]
+        elif pattern is None:
+            mask = smallest_of_layer(scores(block, inverse.diagonal(), slice(start, end)), sparsity)
+        else:
+            mask = torch.zeros_like(block, dtype=torch.bool)
         for i in range(end - start):
-            if pattern is not None and i % pattern.of == 0:
-                group = slice(i, i + pattern.of)
-                mask[:, group] = smallest_of_each_group(block[:, group] ** 2 / inverse.diagonal()[group] ** 2, pattern)
+            if pattern is not None and fixed_mask is None and i % pattern.of == 0:
+                group = slice(i, min(i + pattern.of, end - start))
+                where = slice(start + group.start, start + group.stop)
+                mask[:, group] = smallest_of_each_group(
+                    scores(block[:, group], inverse.diagonal()[group], where), pattern
+                )
             kept = block[:, i].masked_fill(mask[:, i], 0)
             error[:, i] = (block[:, i] - kept) / inverse[i, i]
             block[:, i:] -= torch.outer(error[:, i], inverse[i, i:])
@@ -66,13 +86,6 @@ def sparsegpt(
         W[:, start:end] = block
         W[:, end:] -= error @ U[start:end, end:]
     return SparseGPTResult(W, used)
-
-
-def _block_mask(saliency: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """One threshold for all rows of a column block: `saliency <= sorted(saliency)[int(numel * s)]`."""
-    if sparsity == 0:
-        return torch.zeros_like(saliency, dtype=torch.bool)
-    return saliency <= kth_smallest(saliency.flatten()[None], int(saliency.numel() * sparsity))
 
 
 def _inverse_cholesky(H: torch.Tensor, dampening: float) -> tuple[torch.Tensor, float]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from owl_deploy.checkpoints.structure import Linear, matrix_of
 from owl_deploy.errors import UserError
+
+Statistic = Literal["squares", "gram", "ablation"]
 
 
 class LastLinearReached(Exception):
-    """All inputs of a block have been seen: the rest of its forward pass can be skipped."""
+    """All inputs that were asked for have been seen: the rest of the block's forward pass can be skipped."""
 
 
 class InputStatistics:
@@ -28,15 +31,23 @@ class InputStatistics:
     reached (an idle expert) has none; it gets those of white inputs, so that magnitudes decide.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], *, gram: bool) -> None:
-        """With `gram`, collect SparseGPT's Hessian; without, the squared norms of Wanda and OWL."""
+    def __init__(self, linears: Mapping[str, Linear], statistics: Collection[Statistic]) -> None:
+        """Collect `squares` (Wanda's and OWL's), `gram` (SparseGPT's Hessian), or `ablation` (ablate-wanda's)."""
         self._linears = linears
-        self._gram = gram
+        self._kinds = tuple(sorted(statistics))
         self._leader: dict[str, str] = {}
-        self._means: dict[str, torch.Tensor] = {}
+        self._means: dict[tuple[Statistic, str], torch.Tensor] = {}
         self._sequences: dict[str, int] = {}
         self._calls: list[str] = []
         self._last_linear: str | None = None
+
+    @classmethod
+    def known(cls, linears: Mapping[str, Linear], squares: Mapping[str, torch.Tensor]) -> InputStatistics:
+        """Statistics that were collected before: `s_j` [in] by linear."""
+        statistics = cls(linears, {"squares"})
+        statistics._leader = {name: name for name in linears}
+        statistics._means = {("squares", name): squares[name].to(linears[name].weight.device) for name in linears}
+        return statistics
 
     @contextlib.contextmanager
     def collecting(self, *, stop_early: bool = False) -> Iterator[None]:
@@ -60,28 +71,41 @@ class InputStatistics:
         if sorted(self._calls) == sorted(self._linears):
             self._last_linear = self._calls[-1]
 
+    @property
+    def leaders(self) -> dict[str, str]:
+        """Of each linear that was called, in order of the first call: the first one fed by the same tensor."""
+        return dict(self._leader)
+
     def mean_square(self, name: str) -> torch.Tensor:
-        """`s_j`: the sum over tokens of `x_j ** 2`, over the number of sequences; [in]. Needs `gram=False`.
+        """`s_j`: the sum over tokens of `x_j ** 2`, over the number of sequences; [in]. Needs `squares`.
 
         Raises:
             UserError: the inputs hold NaN or infinities.
         """
-        mean = self._of(name)
-        return torch.ones(self._linears[name].in_features) if mean is None else mean
+        return self._of("squares", name, torch.ones)
 
     def hessian(self, name: str) -> torch.Tensor:
-        """`H = 2 X^T X`, over the number of sequences; [in, in]. Needs `gram=True`.
+        """`H = 2 X^T X`, over the number of sequences; [in, in]. Needs `gram`.
 
         Raises:
             UserError: the inputs hold NaN or infinities.
         """
-        mean = self._of(name)
-        return torch.eye(self._linears[name].in_features) if mean is None else mean
+        return self._of("gram", name, torch.eye)
 
-    def _of(self, name: str) -> torch.Tensor | None:
+    def ablation_square(self, name: str) -> torch.Tensor:
+        """`s_j` as the published ablations sum it: sequence k counts 2 / k. [in]; needs `ablation`.
+
+        Raises:
+            UserError: the inputs hold NaN or infinities.
+        """
+        return self._of("ablation", name, torch.ones)
+
+    def _of(self, kind: Statistic, name: str, white: Any) -> torch.Tensor:
         if name not in self._leader:
-            return None
-        mean = self._means[self._leader[name]]
+            weight = matrix_of(self._linears[name])
+            idle: torch.Tensor = white(weight.shape[1], device=weight.device)
+            return idle
+        mean = self._means[kind, self._leader[name]]
         if not mean.isfinite().all():
             raise UserError(f"{name}: the calibration text makes its inputs NaN or infinite; check the model's weights")
         return mean
@@ -102,16 +126,21 @@ class InputStatistics:
         return before
 
     def _add(self, name: str, inputs: torch.Tensor) -> None:
-        """Take one sequence's inputs [tokens, in] into the running mean."""
+        """Take one sequence's inputs [tokens, in] into the running means."""
         seen = self._sequences.get(name, 0)
         self._sequences[name] = seen + 1
-        if name not in self._means:
-            size = inputs.shape[1]
-            self._means[name] = torch.zeros(size, size) if self._gram else torch.zeros(size)
-        mean = self._means[name]
-        mean *= seen / (seen + 1)
-        if self._gram:
+        for kind in self._kinds:
+            if (kind, name) not in self._means:
+                size = inputs.shape[1]
+                shape = (size, size) if kind == "gram" else (size,)
+                self._means[kind, name] = torch.zeros(shape, device=inputs.device)
+            mean = self._means[kind, name]
+            mean *= seen / (seen + 1)
+            if kind == "squares":
+                mean += torch.norm(inputs.T, p=2, dim=1) ** 2 / (seen + 1)
+                continue
             scaled = math.sqrt(2 / (seen + 1)) * inputs.T
-            mean += scaled @ scaled.T
-        else:
-            mean += torch.norm(inputs.T, p=2, dim=1) ** 2 / (seen + 1)
+            if kind == "gram":
+                mean += scaled @ scaled.T
+            else:
+                mean += torch.norm(scaled, p=2, dim=1) ** 2 / (seen + 1)

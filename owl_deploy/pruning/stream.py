@@ -7,7 +7,8 @@ own dtype, plus one block's activations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 
 from owl_deploy.checkpoints.structure import Block
 from owl_deploy.pruning.statistics import InputStatistics
+
+Watch = Callable[[int, torch.Tensor], AbstractContextManager[None]]
+"""What surrounds the block's forward pass of one sequence: its position, and its hidden states before the block."""
 
 
 class _Captured(Exception):
@@ -31,29 +35,48 @@ class CalibrationStream:
     All arithmetic is fp32, whatever the checkpoint's dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: list[Block], ids: NDArray[np.int64]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, blocks: list[Block], ids: NDArray[np.int64], device: str = "cpu"
+    ) -> None:
         """Embed `ids` [n, length] up to the first block."""
         model.config.use_cache = False
         sequences = [torch.from_numpy(row)[None] for row in ids]
-        self._calls = _record_calls(model, blocks, sequences[0])
-        self._hidden = [_first_block_input(model, blocks[0], sequence) for sequence in sequences]
+        self._calls = _to(_record_calls(model, blocks, sequences[0]), device)
+        self._hidden = [_to(_first_block_input(model, blocks[0], sequence), device) for sequence in sequences]
 
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def collect(self, block: Block, *, gram: bool) -> InputStatistics:
-        """The statistics of the block's inputs; the stream stays before the block."""
-        statistics = InputStatistics(block.linears, gram=gram)
-        for hidden in self._hidden:
-            with statistics.collecting(stop_early=True):
+    def twin(self) -> CalibrationStream:
+        """A second stream from the same place."""
+        copy = object.__new__(CalibrationStream)
+        copy._calls, copy._hidden = self._calls, list(self._hidden)
+        return copy
+
+    def collect(self, block: Block, statistics: InputStatistics, watch: Watch | None = None) -> None:
+        """Collect statistics of the block's inputs; the stream stays before the block."""
+        for index, hidden in enumerate(self._hidden):
+            with watch(index, hidden) if watch else contextlib.nullcontext(), statistics.collecting(stop_early=True):
                 self._run(block, hidden)
-        return statistics
 
     def advance(self, block: Block, statistics: InputStatistics | None = None) -> None:
         """Move the stream past the block, collecting on the way if asked to."""
         for index, hidden in enumerate(self._hidden):
             with statistics.collecting() if statistics else contextlib.nullcontext():
                 self._hidden[index] = self._run(block, hidden)
+
+    def leaders(self, block: Block) -> dict[str, str]:
+        """Of each linear that the first sequence reaches, in order: the first one fed by the same tensor."""
+        statistics = InputStatistics(block.linears, ())
+        with statistics.collecting():
+            self._run(block, self._hidden[0])
+        return statistics.leaders
+
+    def watched(self, block: Block) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Move the stream past the block; position, hidden states before and after it, of one sequence at a time."""
+        for index, hidden in enumerate(self._hidden):
+            self._hidden[index] = self._run(block, hidden)
+            yield index, hidden, self._hidden[index]
 
     def _run(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
         arguments, keywords = self._calls[block.name]
@@ -63,17 +86,17 @@ class CalibrationStream:
 
 
 @contextlib.contextmanager
-def in_fp32(module: nn.Module) -> Iterator[None]:
-    """Hold a block's parameters and buffers in fp32; each returns to its own dtype."""
+def in_fp32(module: nn.Module, device: str = "cpu") -> Iterator[None]:
+    """Hold a block's parameters and buffers in fp32 on a device; each returns to its own dtype, and to the CPU."""
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     dtypes = [tensor.dtype for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.float()
+        tensor.data = tensor.data.to(device, torch.float32)
     try:
         yield
     finally:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to("cpu", dtype)
 
 
 def _record_calls(
@@ -85,7 +108,7 @@ def _record_calls(
     def recorder(name: str) -> Any:
         def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             rest = {key: value for key, value in keywords.items() if key != "hidden_states"}
-            calls[name] = (_as_fp32(arguments[1:]), _as_fp32(rest))
+            calls[name] = (arguments[1:], rest)
 
         return before
 
@@ -112,15 +135,15 @@ def _first_block_input(model: PreTrainedModel, block: Block, sequence: torch.Ten
         pass
     finally:
         handle.remove()
-    return captured[0].float()
+    return captured[0]
 
 
-def _as_fp32(value: Any) -> Any:
-    """`value` with every floating-point tensor in it in fp32."""
+def _to(value: Any, device: str) -> Any:
+    """`value` with every tensor in it on the device, and in fp32 where it is floating-point."""
     if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
     if isinstance(value, tuple):
-        return tuple(_as_fp32(item) for item in value)
+        return tuple(_to(item, device) for item in value)
     if isinstance(value, dict):
-        return {key: _as_fp32(item) for key, item in value.items()}
+        return {key: _to(item, device) for key, item in value.items()}
     return value
