@@ -209,12 +209,50 @@ def test_a_sparsity_out_of_range(prune: Prune, work: Path, tiny_llama: Path, spa
         (["--allocation", "explicit"], ["explicit"]),
         (["--owl-m", "0"], ["owl_m 0"]),
         (["--owl-lambda", "nan"], ["lambda nan"]),
+        (["--lambda", "0.1", "--allocation", "uniform"], ["uniform", "lambda"]),
+        (["--pattern", "mixed-4:8", "--allocation", "dlp"], ["mixed-4:8", "dlp"]),
+        (["--pattern", "2:4", "--method", "wanda-variant"], ["wanda-variant", "2:4"]),
+        (["--pattern", "2:4", "--tune"], ["--tune", "2:4"]),
+        (["--granularity", "row", "--method", "sparsegpt"], ["sparsegpt", "--granularity"]),
+        (["--granularity", "global"], ["--allocation global"]),
+        (["--statistics", "block", "--method", "magnitude"], ["magnitude", "--statistics"]),
+        (["--dense-statistics", "--statistics", "linear"], ["--dense-statistics", "exclude"]),
+        (["--target", "dense"], ["wanda", "--target"]),
+        (["--method", "admm", "--target", "dense", "--dense-statistics"], ["--target dense", "dense statistics"]),
+        (["--ablation", "iter"], ["wanda", "--ablation"]),
+        (["--percdamp", "0.1"], ["wanda", "--percdamp"]),
+        (["--method", "admm", "--percdamp", "-1"], ["dampening -1"]),
+        (["--method", "admm", "--admm-steps", "0"], ["admm_steps 0"]),
+        (["--allocation", "global", "--tune"], ["--tune", "global"]),
+        (["--allocation", "nowhere.json", "--pattern", "unstructured"], ["nowhere.json"]),
+        (["--device", "cuda:7"], ["--device cuda:7"]),
     ],
 )
 def test_a_plan_that_makes_no_sense(
     prune: Prune, work: Path, tiny_llama: Path, options: list[str], words: list[str]
 ) -> None:
     check_refused(prune(tiny_llama, *options), *words)
+    assert left(work) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[0.5, 0.5]", ["2 block sparsities", "6 blocks"]),
+        ("[0.5, 1.5]", ["1.5", "out of range"]),
+        ('{"model.layers.0.self_attn.q_proj": 0.5}', ["model.layers.0.self_attn.k_proj", "41 of 42"]),
+        ('{"a": "b"}', ["numbers"]),
+        ("[]", ["numbers"]),
+        ("[0.5", ["not valid JSON"]),
+    ],
+)
+def test_an_allocation_file_that_makes_no_sense(
+    run_cli: RunCli, work: Path, tiny_llama: Path, calibration: Path, content: str, words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "sparsities.json"
+    path.write_text(content)
+    options = ["--allocation", path, "--calibration", calibration, "--quiet"]
+    check_refused(run_cli("prune", tiny_llama, "-o", work / "out", *options), *words)
     assert left(work) == []
 
 
@@ -444,7 +482,7 @@ def test_a_full_disk(work: Path, model: Path, calibration: Path) -> None:
     with start(model, calibration, work / "out", file_size_limit=200_000) as process:
         stdout, stderr = process.communicate(timeout=120)
     check_refused(Ran(process.returncode, stdout, stderr), work / "out", "cannot be written", "MiB free", "make room")
-    assert left(work) == []
+    assert set(os.listdir(work)) <= {".out.unfinished"}  # finished blocks, for the next run
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(
@@ -465,4 +503,4 @@ def test_a_terminated_run_cleans_up(work: Path, writing: subprocess.Popen[str]) 
     assert stdout == ""
     assert stderr.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in stderr
-    assert left(work) == []
+    assert os.listdir(work) == [".out.unfinished"]  # finished blocks, for the next run

@@ -120,6 +120,64 @@ def test_the_explicit_recipe_of_owl_by_magnitude_needs_no_calibration(
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
+def test_an_allocation_file_says_the_sparsity_of_every_linear(
+    run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = ["--calibration", reference / "tiny_calib.npy", "--quiet"]
+    ran = run_cli("prune", tiny_llama, "-o", first, "--sparsity", "0.6", "--allocation", "erdos-renyi", *options)
+    assert ran.code == 0, ran.stderr
+    found = {
+        f"{block['name']}.{linear['name']}": linear["sparsity_asked"]
+        for block in json.loads((first / "pruning.json").read_text())["blocks"]
+        for linear in block["linears"]
+    }
+    path = tmp_path / "sparsities.json"
+    path.write_text(json.dumps(found))
+    assert run_cli("prune", tiny_llama, "-o", again, "--allocation", path, *options).code == 0
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    by_recipe = tmp_path / "by_recipe"
+    ran = run_cli("prune", tiny_llama, "-o", by_recipe, "--recipe", first / "recipe.explicit.yaml", *options)
+    assert ran.code == 0, ran.stderr
+    assert (first / "model.safetensors").read_bytes() == (by_recipe / "model.safetensors").read_bytes()
+
+
+def test_mixed_n_of_8_prunes_whole_groups_and_n_on_average(
+    run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    options = ["--pattern", "mixed-4:8", "--calibration", reference / "tiny_calib.npy", "--json", "--quiet"]
+    ran = run_cli("prune", tiny_llama, "-o", tmp_path / "out", *options)
+    assert ran.code == 0, ran.stderr
+    manifest = json.loads(ran.stdout)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    counts = []
+    for block in manifest["blocks"]:
+        zeros = {
+            int(count)
+            for linear in block["linears"]
+            for count in (tensors[f"{block['name']}.{linear['name']}.weight"].reshape(-1, 8) == 0).sum(axis=1)
+        }
+        assert len(zeros) == 1
+        counts += zeros
+    assert np.mean(counts) == 4
+    assert len(set(counts)) > 1
+    lod = [block["lod_percent"] for block in manifest["blocks"]]
+    assert counts[int(np.argmax(lod))] == min(counts)
+
+
+def test_dense_statistics_are_those_of_the_dense_model(
+    run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    # OWL has measured them already, and uniform has not: both prune block 0 alike only with what is asked alike.
+    options = ["--calibration", reference / "tiny_calib.npy", "--dense-statistics", "--quiet"]
+    for out, allocation in (("known", "owl"), ("collected", "uniform")):
+        chosen = ["--allocation", allocation, *(["--lambda", "0"] if allocation == "owl" else [])]
+        ran = run_cli("prune", tiny_llama, "-o", tmp_path / out, "--sparsity", "0.5", *chosen, *options)
+        assert ran.code == 0, ran.stderr
+    known, collected = (tmp_path / out / "model.safetensors" for out in ("known", "collected"))
+    assert known.read_bytes() == collected.read_bytes()
+
+
 def test_pattern_2_of_4_zeroes_two_of_every_four_inputs(
     run_cli: RunCli, tiny_llama: Path, calibration: Path, tmp_path: Path
 ) -> None:

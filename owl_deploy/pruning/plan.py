@@ -119,11 +119,11 @@ class PruningPlan:
     admm_steps: int = 20
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity, "sparsity")
         for index, value in enumerate(self.block_sparsities or ()):
             _check_sparsity(value, f"sparsity of block {index}")
         for name, value in (self.linear_sparsities or {}).items():
             _check_sparsity(value, f"sparsity of {name}")
+        _check_sparsity(self.sparsity, "sparsity")
         _check_choice("method", self.method, METHODS)
         self._fill_in()
         _check_choice("allocation", self.allocation, ALLOCATIONS)
