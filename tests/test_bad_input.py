@@ -482,7 +482,7 @@ def test_a_full_disk(work: Path, model: Path, calibration: Path) -> None:
     with start(model, calibration, work / "out", file_size_limit=200_000) as process:
         stdout, stderr = process.communicate(timeout=120)
     check_refused(Ran(process.returncode, stdout, stderr), work / "out", "cannot be written", "MiB free", "make room")
-    assert set(os.listdir(work)) <= {".out.unfinished"}  # finished blocks, for the next run
+    assert {path.name for path in work.iterdir()} <= {".out.unfinished"}  # finished blocks, for the next run
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(
@@ -503,4 +503,4 @@ def test_a_terminated_run_cleans_up(work: Path, writing: subprocess.Popen[str]) 
     assert stdout == ""
     assert stderr.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in stderr
-    assert os.listdir(work) == [".out.unfinished"]  # finished blocks, for the next run
+    assert [path.name for path in work.iterdir()] == [".out.unfinished"]  # finished blocks, for the next run
