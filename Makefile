@@ -43,7 +43,7 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 	$(BIN)/python benchmarks/kernels.py kernels
 
 test: install engines other-tools cross lint  ## lint, types, and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

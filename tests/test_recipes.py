@@ -402,3 +402,20 @@ def test_the_tool_makes_of_our_recipes_the_modifiers_we_wrote(tool: str, tmp_pat
         assert [kind for kind, _ in made] == [kind for kind, _ in written]
         for (_, made_fields), (_, written_fields) in zip(made, written, strict=True):
             assert {name: made_fields[name] for name in written_fields} == written_fields
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        pytest.param("sparseml", marks=pytest.mark.sparseml),
+        pytest.param("llmcompressor", marks=pytest.mark.llmcompressor),
+    ],
+)
+def test_the_tool_refuses_what_only_we_can_apply(tool: str, tmp_path: Path) -> None:
+    python = interpreter(tool)
+    write(PruningPlan(0.7, "admm"), tmp_path)
+    script = ROOT / "tests" / "environments" / f"parse_with_{tool}.py"
+    for name in (RECIPE, EXPLICIT_RECIPE):
+        run = subprocess.run([python, script, tmp_path / name], capture_output=True, text=True, timeout=600, check=False)
+        assert run.returncode != 0
+        assert "OwlDeployPruningModifier" in run.stderr
