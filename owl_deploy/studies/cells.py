@@ -24,7 +24,8 @@ class Cell:
     plan: PruningPlan
 
     def __str__(self) -> str:
-        return ", ".join([*self.labels.values(), f"{self.plan.sparsity:.4g}"])
+        labels = [f"{name} {value}" for name, value in self.labels.items() if value]
+        return ", ".join([*labels, f"sparsity {self.plan.sparsity:g}"])
 
 
 class CellRecord(Record):

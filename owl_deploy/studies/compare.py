@@ -12,7 +12,7 @@ from owl_deploy.report.text import percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
 from owl_deploy.studies.paper import DENSE_7B, LLAMA_7B, TABLE_1, TABLE_3, TABLE_4, TABLE_10, at_tenth
 from owl_deploy.studies.plot import by_name, perplexity_curves, perplexity_grid
-from owl_deploy.studies.tables import Column, Table, fraction, label, perplexities
+from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 
 Paper = Callable[[CellRecord], float | None]
 
@@ -86,7 +86,8 @@ def n_of_m() -> Study:
         "Here N:8 prunes N of every 8 weights. The paper's N counts the weights that are kept: its 4:8, 3:8 and 2:8 "
         "are 4:8, 5:8 and 6:8 here."
     )
-    return _study("nm", "N:8 with Wanda, uniform and mixed by OWL", cells, paper, "paper's Table 10", note)
+    title = "N:8 with Wanda, uniform and mixed by OWL"
+    return _study("nm", title, cells, paper, "paper's Table 10", note, curves=("allocation",))
 
 
 def methods(sparsities: Sequence[float]) -> Study:
@@ -164,11 +165,23 @@ def sweep(sparsities: Sequence[float], method: str, m: Sequence[float], lambdas:
     )
 
 
-def _study(name: str, title: str, cells: Sequence[Cell], paper: Paper, source: str, *notes: str) -> Study:
-    """A study with the dense model first, a curve for each row of labels, and the paper's figures beside ours."""
+def _study(
+    name: str,
+    title: str,
+    cells: Sequence[Cell],
+    paper: Paper,
+    source: str,
+    *notes: str,
+    curves: Sequence[str] | None = None,
+) -> Study:
+    """A study with the dense model first, and the paper's figures beside ours.
+
+    Args:
+        curves: the labels that tell the curves of its plot apart; by default all.
+    """
 
     def draw(result: StudyResult, figure: Figure) -> None:
-        perplexity_curves(figure, by_name(result.cells), result.cells[0].perplexity)
+        perplexity_curves(figure, by_name(result.cells, curves or list(cells[0].labels)), result.cells[0].perplexity)
 
     column = perplexities(f"{source}, {LLAMA_7B}", "paper_llama_7b")
     return Study(
@@ -183,7 +196,7 @@ def _study(name: str, title: str, cells: Sequence[Cell], paper: Paper, source: s
 def _table(result: StudyResult, title: str, paper: Paper | None, paper_column: Column | None, *notes: str) -> Table:
     names = list(result.cells[0].labels)
     columns = [
-        fraction("sparsity asked", "sparsity_asked"),
+        asked(),
         *(label(name, _field(name)) for name in names),
         fraction("achieved", "sparsity_achieved"),
         perplexities(),

@@ -11,7 +11,7 @@ from owl_deploy.report.text import number, percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity
 from owl_deploy.studies.paper import LLAMA_7B, TABLE_7
 from owl_deploy.studies.plot import bars
-from owl_deploy.studies.tables import Column, Table, fraction, label
+from owl_deploy.studies.tables import Column, Table, asked, fraction, label
 
 _METHODS: tuple[Method, ...] = ("wanda", "sparsegpt", "admm")
 _ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "owl")
@@ -30,7 +30,7 @@ def efficiency(sparsities: Sequence[float]) -> Study:
 
 def _tables(result: StudyResult) -> list[Table]:
     columns = (
-        fraction("sparsity asked", "sparsity_asked"),
+        asked(),
         label("method"),
         label("allocation"),
         fraction("achieved", "sparsity_achieved"),

@@ -10,7 +10,7 @@ from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
 from owl_deploy.studies.paper import DENSE_13B, LLAMA_13B, TABLE_2, TABLE_2_DENSE_LOD, TABLE_2_M
 from owl_deploy.studies.plot import curves
-from owl_deploy.studies.tables import Column, Table, fraction, label, perplexities
+from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 
 _NOTE = (
     "LOD: percent of a block's weights, zeros among them, whose outlier score exceeds M times the dense block's mean; "
@@ -44,32 +44,37 @@ def _by_block(result: StudyResult) -> Table:
 
 
 def _after_pruning(result: StudyResult) -> Table:
-    before = result.cells[0].lod_percent
-    columns = [fraction("sparsity asked", "sparsity_asked"), label("method"), fraction("achieved", "sparsity_achieved")]
-    for m in before:
-        columns += [_percent(f"LOD, M {m}", f"lod_m{m}"), _percent(f"ΔLOD, M {m}", f"delta_lod_m{m}", sign="+")]
-    columns += [
+    """The paper's Table 2, for each M."""
+    before = {m: sum(values) for m, values in result.cells[0].lod_percent.items()}
+    columns = (
+        asked(),
+        label("M", "m"),
+        label("method"),
+        fraction("achieved", "sparsity_achieved"),
+        _percent("LOD", "lod"),
+        _percent("ΔLOD", "delta_lod", sign="+"),
         perplexities(),
-        _percent(f"paper's LOD, M {TABLE_2_M:g}, {LLAMA_13B}", "paper_llama_13b_lod"),
+        _percent(f"paper's LOD, {LLAMA_13B}", "paper_llama_13b_lod"),
         perplexities(f"paper's Table 2, {LLAMA_13B}", "paper_llama_13b"),
-    ]
+    )
 
-    def row(cell: CellRecord) -> list[object]:
-        figures: list[object] = [cell.sparsity_asked, cell.labels["method"], cell.sparsity_achieved]
-        for m, values in cell.lod_percent.items():
-            change = sum(values) - sum(before[m]) if cell.sparsity_asked > 0 else None
-            figures += [sum(values), change]
-        return [*figures, cell.perplexity, *_paper(cell)]
+    def row(cell: CellRecord, m: str) -> list[object]:
+        total = sum(cell.lod_percent[m])
+        change = total - before[m] if cell.sparsity_asked > 0 else None
+        figures = [cell.sparsity_achieved, total, change, cell.perplexity]
+        return [cell.sparsity_asked, m, cell.labels["method"], *figures, *_paper(cell, float(m))]
 
-    sections = [[row(cell) for cell in group] for group in by_sparsity(result.cells)]
-    return Table("pruned", "LOD summed over blocks (%), after uniform pruning", tuple(columns), sections, (_NOTE,))
+    sections = [[row(cell, m) for cell in group] for group in by_sparsity(result.cells) for m in before]
+    return Table("pruned", "LOD summed over blocks (%), after uniform pruning", columns, sections, (_NOTE,))
 
 
-def _paper(cell: CellRecord) -> tuple[float | None, float | None]:
-    """The paper's LOD and perplexity."""
-    if cell.sparsity_asked == 0:
-        return TABLE_2_DENSE_LOD, DENSE_13B
-    return TABLE_2.get((cell.labels["method"], cell.sparsity_asked), (None, None))
+def _paper(cell: CellRecord, m: float) -> tuple[float | None, float | None]:
+    """The paper's LOD, for its own M, and perplexity."""
+    dense = (TABLE_2_DENSE_LOD, DENSE_13B)
+    total, perplexity = (
+        dense if cell.sparsity_asked == 0 else TABLE_2.get((cell.labels["method"], cell.sparsity_asked), (None, None))
+    )
+    return total if m == TABLE_2_M else None, perplexity
 
 
 def _percent(title: str, field: str, sign: str = "") -> Column:

@@ -10,7 +10,7 @@ from owl_deploy.pruning.plan import Allocation, PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
 from owl_deploy.studies.paper import DENSE_7B, LLAMA_7B, TABLES_13_14
 from owl_deploy.studies.plot import Points, curves
-from owl_deploy.studies.tables import Table, fraction, label, perplexities
+from owl_deploy.studies.tables import Table, asked, fraction, label, perplexities
 
 _GRANTED: dict[Allocation, str] = {"owl": "per block", "owl-per-layer": "per layer"}
 
@@ -35,7 +35,7 @@ def per_layer(sparsities: Sequence[float], method: str) -> Study:
 
 def _perplexities(result: StudyResult, method: str) -> Table:
     columns = (
-        fraction("sparsity asked", "sparsity_asked"),
+        asked(),
         label("OWL", "owl"),
         fraction("achieved", "sparsity_achieved"),
         perplexities(),
@@ -63,7 +63,7 @@ def _sparsities(result: StudyResult) -> Table:
     """A row for each block, a column for each linear."""
     linears = list(dict.fromkeys(name for cell in result.cells for _, name in _places(result, cell)))
     columns = (
-        fraction("sparsity asked", "sparsity_asked"),
+        asked(),
         label("OWL", "owl"),
         label("block"),
         *(fraction(name.rpartition(".")[2], name) for name in linears),

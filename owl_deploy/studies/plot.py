@@ -81,11 +81,11 @@ def perplexity_grid(
     axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
 
 
-def by_name(cells: Sequence[CellRecord]) -> dict[str, Points]:
-    """(sparsity achieved, perplexity) of all pruned cells, in series of equal labels."""
+def by_name(cells: Sequence[CellRecord], labels: Sequence[str]) -> dict[str, Points]:
+    """(sparsity achieved, perplexity) of all pruned cells, in series of equal values of these labels."""
     series: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
         if cell.sparsity_asked > 0 and cell.perplexity is not None:
-            name = ", ".join(value for value in cell.labels.values() if value)
+            name = ", ".join(filter(None, (cell.labels[label] for label in labels)))
             series.setdefault(name, []).append((cell.sparsity_achieved, cell.perplexity))
     return dict(series)

@@ -26,7 +26,7 @@ from owl_deploy.pruning.manifest import BlockRecord, TextRecord, fingerprint, re
 from owl_deploy.pruning.run import Calibration, Evaluation
 from owl_deploy.pruning.stream import in_fp32
 from owl_deploy.pruning.weights import InMemory, restored
-from owl_deploy.report.text import perplexity_text
+from owl_deploy.report.text import number, perplexity_text
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
@@ -79,12 +79,18 @@ def run_study(
                 known[key] = bench.measure(missing[key], key)
                 # Written anew as a whole, so that no kill can leave half a line.
                 write_text(out / CELLS, "".join(f"{one.model_dump_json()}\n" for one in known.values()))
-                reporter.step(f"{missing[key]}: perplexity {perplexity_text(known[key].perplexity)}")
+                reporter.step(f"{missing[key]}: {_outcome(known[key])}")
         record = read_record(out / RECORD, StudyRecord, mend=_MEND)
     return StudyResult(study=record, cells=[known[key] for key in cells])
 
 
 _MEND = "delete it, and the cells beside it, and run the study again"
+
+
+def _outcome(cell: CellRecord) -> str:
+    if cell.perplexity is None:
+        return f"{number(cell.seconds)} s"
+    return f"perplexity {perplexity_text(cell.perplexity)}"
 
 
 def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:

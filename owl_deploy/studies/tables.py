@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from owl_deploy.report.text import MISSING, escaped, perplexity_text
+from owl_deploy.report.text import MISSING, escaped, percent, perplexity_text
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Table:
 def label(title: str, field: str | None = None) -> Column:
     """A column of words."""
     return Column(title, field or title.replace(" ", "_"), is_text=True)
+
+
+def asked() -> Column:
+    """The column of sparsities asked for: 0.5 -> 50%."""
+    return Column("sparsity asked", "sparsity_asked", percent)
 
 
 def fraction(title: str, field: str) -> Column:
