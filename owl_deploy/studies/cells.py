@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,12 +124,15 @@ def numbers(text: str, option: str) -> list[float]:
     """`3,5,7` -> ascending numbers.
 
     Raises:
-        UserError: not such a list.
+        UserError: not such a list, or a number that is not above 0.
     """
     try:
-        return sorted({float(part) for part in text.split(",")})
+        found = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"{option} {text}: give numbers with commas between them, for example 3,5,7,10") from None
+        found = []
+    if not found or not all(0 < value < math.inf for value in found):  # also false for NaN
+        raise UserError(f"{option} {text}: give numbers above 0 with commas between them")
+    return found
 
 
 def by_sparsity(cells: Sequence[CellRecord]) -> list[list[CellRecord]]:

@@ -122,7 +122,8 @@ def methods(sparsities: Sequence[float]) -> Study:
         "Of admm: target dense fits the dense model's stream, layer each linear's own output; statistics block sees "
         "what blocks before it became, linear also the linears before it."
     )
-    return _study("methods", "Methods", cells, paper, "paper's Table 1", note)
+    curves = ("method", "target", "statistics")
+    return _study("methods", "Methods", cells, paper, "paper's Table 1", note, curves=curves, panels="allocation")
 
 
 def sweep(sparsities: Sequence[float], method: str, m: Sequence[float], lambdas: Sequence[float]) -> Study:
@@ -173,15 +174,26 @@ def _study(
     source: str,
     *notes: str,
     curves: Sequence[str] | None = None,
+    panels: str | None = None,
 ) -> Study:
     """A study with the dense model first, and the paper's figures beside ours.
 
     Args:
         curves: the labels that tell the curves of its plot apart; by default all.
+        panels: the label that tells its panels apart, if it has several.
     """
 
     def draw(result: StudyResult, figure: Figure) -> None:
-        perplexity_curves(figure, by_name(result.cells, curves or list(cells[0].labels)), result.cells[0].perplexity)
+        titles = list(dict.fromkeys(cell.labels[panels] for cell in cells)) if panels else [""]
+        shown = {
+            title: by_name(
+                [cell for cell in result.cells if not panels or cell.labels[panels] == title],
+                curves or list(cells[0].labels),
+            )
+            for title in titles
+        }
+        figure.set_size_inches(4 + 4 * len(titles), 4.5)
+        perplexity_curves(figure, shown, result.cells[0].perplexity)
 
     column = perplexities(f"{source}, {LLAMA_7B}", "paper_llama_7b")
     return Study(

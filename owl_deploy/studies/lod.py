@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
@@ -64,7 +65,9 @@ def _after_pruning(result: StudyResult) -> Table:
         figures = [cell.sparsity_achieved, total, change, cell.perplexity]
         return [cell.sparsity_asked, m, cell.labels["method"], *figures, *_paper(cell, float(m))]
 
-    sections = [[row(cell, m) for cell in group] for group in by_sparsity(result.cells) for m in before]
+    dense, *pruned = by_sparsity(result.cells)
+    sections = [[row(dense[0], m) for m in before]]
+    sections += [[row(cell, m) for cell in group] for group in pruned for m in before]
     return Table("pruned", "LOD summed over blocks (%), after uniform pruning", columns, sections, (_NOTE,))
 
 
@@ -88,6 +91,8 @@ def _draw(result: StudyResult, figure: Figure) -> None:
     curves(axes, {f"M {m}": list(enumerate(values)) for m, values in dense.items()})
     if all(value > 0 for values in dense.values() for value in values):
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("block")
     axes.set_ylabel("LOD (% of weights that are outliers)")
     figure.legend(loc="outside right upper", frameon=False)

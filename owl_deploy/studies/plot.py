@@ -35,21 +35,23 @@ def curves(axes: Axes, series: Mapping[str, Points]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def perplexity_curves(
-    figure: Figure, series: Mapping[str, Points], dense: float | None, x_label: str = "sparsity achieved (%)"
-) -> None:
-    """Perplexity on a log axis over sparsity (fractions), the dense model's as a line."""
-    axes = figure.subplots()
-    curves(axes, {name: [(100 * x, y) for x, y in points] for name, points in series.items()})
-    values = [y for _, y in chain(*series.values()) if math.isfinite(y)]
-    if dense is not None and math.isfinite(dense):
-        axes.axhline(dense, color="#888888", linewidth=1, label="dense")
-        values.append(dense)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("perplexity (log scale)")
+def perplexity_curves(figure: Figure, panels: Mapping[str, Mapping[str, Points]], dense: float | None) -> None:
+    """Perplexity on a log axis over sparsity (fractions), the dense model's as a line; a name looks alike everywhere."""
+    names = list(dict.fromkeys(chain(*panels.values())))
+    points = [(x, y) for series in panels.values() for line in series.values() for x, y in line]
+    values = [y for _, y in points if math.isfinite(y)]
+    every_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, series) in zip(every_axes, panels.items(), strict=True):
+        curves(axes, {name: [(100 * x, y) for x, y in series.get(name, ())] for name in names})
+        if dense is not None and math.isfinite(dense):
+            axes.axhline(dense, color="#888888", linewidth=1, label="dense")
+            values.append(dense)
+        axes.set_title(title)
+        axes.set_xlabel("sparsity achieved (%)")
+    every_axes[0].set_ylabel("perplexity (log scale)")
     if values:
-        scale_logarithmically(axes, values)
-    figure.legend(loc="outside right upper", frameon=False)
+        scale_logarithmically(every_axes[0], values)
+    figure.legend(*every_axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
 def bars(figure: Figure, values: Mapping[str, float], x_label: str) -> None:
