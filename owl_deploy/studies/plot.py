@@ -36,7 +36,7 @@ def curves(axes: Axes, series: Mapping[str, Points]) -> None:
 
 
 def perplexity_curves(figure: Figure, panels: Mapping[str, Mapping[str, Points]], dense: float | None) -> None:
-    """Perplexity on a log axis over sparsity (fractions), the dense model's as a line; a name looks alike everywhere."""
+    """Perplexity on a log axis over sparsity (fractions), and the dense model's; a name looks alike everywhere."""
     names = list(dict.fromkeys(chain(*panels.values())))
     points = [(x, y) for series in panels.values() for line in series.values() for x, y in line]
     values = [y for _, y in points if math.isfinite(y)]
