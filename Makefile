@@ -37,10 +37,8 @@ demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the 
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
 	  --calibration demo --calibration-seqlen 512 --text demo --max-load 99 -o $(OUT)
 
-studies: install  ## the paper's studies on SmolLM2-135M: hours; a run that was killed goes on where it was
-	for name in lod nm per-layer efficiency granularity allocation sweep methods; do \
-	  $(MAKE) --no-print-directory study-$$name || exit; \
-	done
+STUDY_NAMES := lod nm per-layer efficiency granularity allocation sweep methods
+studies: $(addprefix study-,$(STUDY_NAMES))  ## the paper's studies on SmolLM2-135M: hours, but none of them twice
 
 study-%: install
 	$(BIN)/owl-deploy study $* demo -o $(STUDIES)/$* $(STUDY_TEXT) $(STUDY_$*)
