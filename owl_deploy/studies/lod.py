@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
@@ -91,8 +91,9 @@ def _draw(result: StudyResult, figure: Figure) -> None:
     curves(axes, {f"M {m}": list(enumerate(values)) for m, values in dense.items()})
     if all(value > 0 for values in dense.values() for value in values):
         axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("block")
     axes.set_ylabel("LOD (% of weights that are outliers)")
     figure.legend(loc="outside right upper", frameon=False)
