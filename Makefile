@@ -16,13 +16,32 @@ else
 DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 4 --prompt 256 --new-tokens 32 --repetitions 3 --windows 6
 endif
 
+# The paper's studies, with the texts of README.md's comparison of OWL and Wanda.
+STUDIES := studies
+STUDY_TEXT := --calibration demo --samples 32 --seqlen 512
+STUDY_EVALUATION := --evaluate demo --evaluate-windows 24
+STUDY_lod := $(STUDY_EVALUATION) --sparsities 0.6,0.7
+STUDY_granularity := $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7
+STUDY_allocation := $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7,0.8
+STUDY_nm := $(STUDY_EVALUATION)
+STUDY_per-layer := $(STUDY_EVALUATION)
+STUDY_efficiency :=
+STUDY_sweep := $(STUDY_EVALUATION)
+STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
+
 TINYLLAMA := tinyllama
 
-.PHONY: demo tinyllama kernels test lint install engines other-tools cross clean
+.PHONY: demo studies tinyllama kernels test lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
 	  --calibration demo --calibration-seqlen 512 --text demo --max-load 99 -o $(OUT)
+
+STUDY_NAMES := lod nm per-layer efficiency granularity allocation sweep methods
+studies: $(addprefix study-,$(STUDY_NAMES))  ## the paper's studies on SmolLM2-135M: hours, but none of them twice
+
+study-%: install
+	$(BIN)/owl-deploy study $* demo -o $(STUDIES)/$* $(STUDY_TEXT) $(STUDY_$*)
 
 # Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.
 tinyllama: install  ## decode and prefill of every sparse format against dense fp32 and int4

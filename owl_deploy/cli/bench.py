@@ -72,9 +72,10 @@ def bench(
     """
     from owl_deploy.bench.machine import available_cores
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
-    from owl_deploy.bench.sweep import make_levels, parse_sparsities
+    from owl_deploy.bench.sweep import make_levels
     from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.engines.registry import installed_engines
+    from owl_deploy.pruning.levels import parse_sparsities
     from owl_deploy.pruning.run import Calibration
     from owl_deploy.report.tables import terminal_table
 

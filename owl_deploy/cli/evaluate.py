@@ -17,7 +17,7 @@ def evaluate(
         str,
         typer.Option(help="Text: wikitext2, c4, demo, a .txt, .jsonl or .parquet file, or a .npy of ids [n, length]."),
     ] = "wikitext2",
-    seqlen: Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 2048.")] = None,
+    seqlen: options.Seqlen = None,
     windows: Annotated[Optional[int], typer.Option(min=1, help="Use only this many windows. Default: all.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,

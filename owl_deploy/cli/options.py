@@ -31,6 +31,8 @@ HalfRange = Annotated[
         "(0.0725 up to 60%, then 0.12).",
     ),
 ]
+Seqlen = Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 2048.")]
+EvaluateWindows = Annotated[Optional[int], typer.Option(min=1, help="Evaluate on this many windows only.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 MODEL_HELP = "Hub id, local directory, .gguf file, or `demo` (SmolLM2-135M-Instruct from the demo extra)."

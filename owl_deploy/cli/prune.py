@@ -77,13 +77,13 @@ def prune(
     ] = False,
     calibration: options.Calibration = "c4",
     samples: options.Samples = None,
-    seqlen: Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 2048.")] = None,
+    seqlen: options.Seqlen = None,
     seed: options.Seed = 0,
     evaluate: Annotated[
         Optional[str],
         typer.Option(metavar="SPEC", help="Also measure perplexity before and after on this text."),
     ] = None,
-    evaluate_windows: Annotated[Optional[int], typer.Option(min=1, help="Evaluate on this many windows only.")] = None,
+    evaluate_windows: options.EvaluateWindows = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Hold one block in memory at a time: for models larger than memory.")
     ] = False,

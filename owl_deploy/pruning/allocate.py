@@ -44,12 +44,12 @@ def allocate(
         return _per_block(blocks, linear_sparsities(plan.sparsity, _half_range(plan), sizes))
     if plan.allocation in ("erdos-renyi", "er-plus"):
         return _erdos_renyi(plan, blocks)
+    if plan.allocation == "global":
+        return _global(plan, blocks, weights, None if plan.method == "magnitude" else dense)
     assert dense is not None
     if plan.allocation == "dlp":
         means = [_mean(dense.scores(block)) for block in _held(blocks, weights)]
         return _per_block(blocks, dlp_sparsities(means, plan.sparsity, _half_range(plan), sizes))
-    if plan.allocation == "global":
-        return _global(plan, blocks, weights, dense)
     if plan.allocation == "owl-per-layer":
         return _per_linear(plan, blocks, weights, dense)
     lod = [outlier_percent(dense.scores(block), plan.owl_m) for block in _held(blocks, weights)]
@@ -124,12 +124,14 @@ def _matrices(blocks: list[Block]) -> Iterator[torch.Tensor]:
     return (matrix_of(linear) for block in blocks for linear in block.linears.values())
 
 
-def _global(plan: PruningPlan, blocks: list[Block], weights: BlockWeights, dense: DenseStatistics) -> list[BlockShare]:
-    """What one threshold on A over all blocks leaves of each linear."""
+def _global(
+    plan: PruningPlan, blocks: list[Block], weights: BlockWeights, dense: DenseStatistics | None
+) -> list[BlockShare]:
+    """What one threshold over all blocks leaves of each linear: on A, or without `dense` on |W|."""
 
     def scores() -> Iterator[torch.Tensor]:
         for block in _held(blocks, weights):
-            yield from dense.scores(block)
+            yield from dense.scores(block) if dense else (matrix.abs() for matrix in _matrices([block]))
 
     total = sum(block.weights for block in blocks)
     threshold = global_threshold(scores, max(1, int(total * plan.sparsity)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -25,6 +26,8 @@ Finished = Callable[[Block], BlockRecord | None]
 """Puts back what an earlier run made of a block, and returns its record; None if no run finished it."""
 Done = Callable[[Block, BlockRecord], None]
 """Told of every block that was pruned, with its weights in their own dtype."""
+Timed = Callable[[], contextlib.AbstractContextManager[None]]
+"""What surrounds the pruning of each linear, once its statistics are known."""
 
 
 @torch.no_grad()
@@ -39,6 +42,7 @@ def prune_blocks(
     weights: BlockWeights | None = None,
     finished: Finished = lambda _: None,
     done: Done = lambda _, __: None,
+    timed: Timed = contextlib.nullcontext,
     reporter: Reporter = SILENT,
 ) -> list[BlockRecord]:
     """Prune every block of `model` in place, each seeing what the pruned blocks before it put out.
@@ -49,6 +53,7 @@ def prune_blocks(
         dense: input statistics of the dense model, if they were measured: a method that looks at these and no more
             runs no pass of its own.
         weights: where the blocks' weights are; by default in memory.
+        timed: a stopwatch for the metric and the choice of weights alone, without forward passes (paper, Table 7).
     """
     weights = weights or InMemory()
     known = dense if plan.statistics == "dense" and needed_statistics(plan.method) == {"squares"} else None
@@ -57,7 +62,7 @@ def prune_blocks(
         if ids is None:
             raise ValueError(f"{plan.method} needs calibration windows")
         stream = weights.stream(model, blocks, ids)
-    pruner = _Pruner(plan, stream, known)
+    pruner = _Pruner(plan, stream, known, timed)
     records = []
     for index, block in enumerate(reporter.track(blocks, f"pruning ({plan.method})")):
         dtypes = {name: linear.weight.dtype for name, linear in block.linears.items()}
@@ -74,8 +79,11 @@ def prune_blocks(
 class _Pruner:
     """Takes the calibration stream, and the dense one beside it where that is the target, from block to block."""
 
-    def __init__(self, plan: PruningPlan, stream: CalibrationStream | None, known: DenseStatistics | None) -> None:
+    def __init__(
+        self, plan: PruningPlan, stream: CalibrationStream | None, known: DenseStatistics | None, timed: Timed
+    ) -> None:
         self._plan = plan
+        self._timed = timed
         self._stream = stream
         self._dense_stream = stream.twin() if stream and plan.target == "dense" else None
         self._known = known
@@ -102,7 +110,7 @@ class _Pruner:
                     statistics,
                     targets.correlation(name) if targets else None,
                 )
-                linears[name] = _prune(block, linear, task, dtypes[name])
+                linears[name] = _prune(block, linear, task, dtypes[name], self._timed)
         return _record(block, share, [linears[name] for name in block.linears]), True
 
     def advance(self, block: Block) -> None:
@@ -148,12 +156,13 @@ class _Pruner:
         return statistics, targets
 
 
-def _prune(block: Block, linear: Linear, task: Task, dtype: torch.dtype) -> LinearRecord:
+def _prune(block: Block, linear: Linear, task: Task, dtype: torch.dtype, timed: Timed) -> LinearRecord:
     """Prune one linear whose weight is in fp32, rounding what is kept to the checkpoint's `dtype`."""
     name = block.full_name(task.name)
     if not task.weight.isfinite().all():
         raise UserError(f"{name}: holds NaN or infinite weights; fetch the model again")
-    result = prune_linear(task)
+    with timed():
+        result = prune_linear(task)
     weight = result.weight.to(dtype)
     if not weight.isfinite().all():
         raise UserError(

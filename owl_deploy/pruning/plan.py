@@ -137,9 +137,8 @@ class PruningPlan:
     @property
     def needs_lod(self) -> bool:
         """Whether the allocation looks at outlier scores of the dense model."""
-        return self.sparsity > 0 and (
-            self.allocation in (*_BY_LOD, "dlp", "global") or isinstance(self.pattern, MixedNM)
-        )
+        by_score = (*_BY_LOD, "dlp") if self.method == "magnitude" else (*_BY_LOD, "dlp", "global")
+        return self.sparsity > 0 and (self.allocation in by_score or isinstance(self.pattern, MixedNM))
 
     @property
     def needs_inputs(self) -> bool:

@@ -18,7 +18,7 @@ from owl_deploy.pruning.dense import measure_dense
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.manifest import TrialRecord
 from owl_deploy.pruning.plan import Allocation, PruningPlan
-from owl_deploy.pruning.weights import BlockWeights
+from owl_deploy.pruning.weights import BlockWeights, restored
 from owl_deploy.reporting import SILENT, Reporter
 
 _M = (3.0, 5.0, 7.0, 10.0)
@@ -58,23 +58,16 @@ def tune(
     held_out = max(1, len(ids) // _HELD_OUT)
     fitted, measured = ids[:-held_out], ids[-held_out:]
     dense = measure_dense(model, blocks, fitted, weights, reporter)
-    original = {
-        block.full_name(name): linear.weight.data.clone() for block in blocks for name, linear in block.linears.items()
-    }
     trials = list(known)
 
     def measure(candidate: PruningPlan) -> float:
         for trial in trials:
             if trial.is_of(candidate):
                 return trial.perplexity
-        try:
+        with restored(blocks):
             shares = allocate(candidate, blocks, weights, dense)
             prune_blocks(model, blocks, candidate, shares, ids=fitted, dense=dense, weights=weights, reporter=reporter)
             value = perplexity(model, measured, reporter)
-        finally:
-            for block in blocks:
-                for name, linear in block.linears.items():
-                    linear.weight.data = original[block.full_name(name)].clone()
         trials.append(TrialRecord.of(candidate, value))
         tried(trials)
         reporter.step(f"tried {trials[-1]}")

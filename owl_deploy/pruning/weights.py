@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,3 +37,14 @@ class InMemory:
 
     def stream(self, model: PreTrainedModel, blocks: list[Block], ids: NDArray[np.int64]) -> CalibrationStream:
         return CalibrationStream(model, blocks, ids, self._device)
+
+
+@contextlib.contextmanager
+def restored(blocks: Sequence[Block]) -> Iterator[None]:
+    """Give the blocks' linears, at the end, the weights they have now. It holds a copy of them all."""
+    before = [(linear, linear.weight.data.clone()) for block in blocks for linear in block.linears.values()]
+    try:
+        yield
+    finally:
+        for linear, weight in before:
+            linear.weight.data = weight

@@ -18,7 +18,7 @@ from owl_deploy.report.text import enumeration
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _PAPER_LABEL = "the paper's Table 8 (TinyLlama-1.1B, DeepSparse)"
 
 
@@ -62,7 +62,7 @@ def _draw_speedups(axes: Axes, series: Sequence[Series]) -> None:
             speedups,
             yerr=_error_bars(rows, speedups),
             color=COLOURS[index % len(COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markersize=6,
             capsize=4,
             label=one.name,
@@ -83,20 +83,20 @@ def _draw_perplexities(axes: Axes, series: Sequence[Series]) -> None:
             _percentages(rows),
             perplexities,
             color=COLOURS[index % len(COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markersize=5 + 5 * rest,
             linewidth=1.5 + 3 * rest,
         )
     axes.set_title("perplexity, computed by each engine")
     axes.set_ylabel("perplexity (log scale)")
     if values:
-        _scale_logarithmically(axes, values)
+        scale_logarithmically(axes, values)
     else:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#666666")
 
 
-def _scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
+def scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
     """A log axis with plain numbers, never so narrow that it has no tick."""
     axes.set_yscale("log")
     axes.set_ylim(min(values) / 2, max(values) * 2)

@@ -1,0 +1,229 @@
+"""Measuring a study's cells, each once: a run that was killed goes on with those that are missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from owl_deploy.allocation.owl import outlier_percent
+from owl_deploy.bench.machine import cpu_model
+from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer
+from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.checkpoints.structure import Block, find_blocks
+from owl_deploy.errors import UserError
+from owl_deploy.evaluation.perplexity import perplexity
+from owl_deploy.files import disk_errors, locked, write_text
+from owl_deploy.pruning.allocate import allocate
+from owl_deploy.pruning.dense import measure_dense
+from owl_deploy.pruning.driver import prune_blocks
+from owl_deploy.pruning.manifest import BlockRecord, TextRecord, fingerprint, read_record, versions
+from owl_deploy.pruning.run import Calibration, Evaluation
+from owl_deploy.pruning.stream import in_fp32
+from owl_deploy.pruning.weights import InMemory, restored
+from owl_deploy.report.text import number, perplexity_text
+from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult
+from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
+
+RECORD, CELLS = "study.json", "cells.jsonl"
+
+
+def run_study(
+    source: ModelSource,
+    out: Path,
+    study: Study,
+    calibration: Calibration,
+    evaluation: Evaluation | None = None,
+    *,
+    reporter: Reporter = SILENT,
+) -> StudyResult:
+    """Measure the cells of `study` that the directory `out` lacks, and keep each there as soon as it is done.
+
+    Raises:
+        UserError: something is wrong with the model or a text; or `out` holds something else, or cells of other inputs.
+    """
+    tokenizer = load_tokenizer(source)
+    windows = calibration_windows(
+        calibration.spec, tokenizer, samples=calibration.samples, seqlen=calibration.seqlen, seed=calibration.seed
+    )
+    evaluated = None
+    if evaluation is not None:
+        evaluated = evaluation_windows(evaluation.spec, tokenizer, seqlen=evaluation.seqlen, limit=evaluation.windows)
+    inputs: dict[str, object] = {
+        "study": study.name,
+        "model": source.fingerprint(),
+        "calibration": windows.sha256,
+        "evaluation": evaluated.sha256 if evaluated else None,
+    }
+    if study.is_timed:
+        inputs |= {"threads": torch.get_num_threads(), "cpu": cpu_model()}
+    with locked(out):
+        known = _read_known(out, fingerprint(inputs))
+        cells = dict(zip(study.keys, study.cells, strict=True))
+        missing = {key: cell for key, cell in cells.items() if key not in known}
+        if len(missing) < len(cells):
+            reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells are there already")
+        if missing:
+            bench = _Bench(source, study, windows, evaluated)
+            record = _describe(source, study, inputs, bench.blocks, windows, evaluated)
+            with disk_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+            write_text(out / RECORD, record.model_dump_json(indent=2) + "\n")
+            for key in reporter.track(list(missing), f"cells of {study.name}"):
+                known[key] = bench.measure(missing[key], key)
+                # Written anew as a whole, so that no kill can leave half a line.
+                write_text(out / CELLS, "".join(f"{one.model_dump_json()}\n" for one in known.values()))
+                reporter.step(f"{missing[key]}: {_outcome(known[key])}")
+        record = read_record(out / RECORD, StudyRecord, mend=_MEND)
+    return StudyResult(study=record, cells=[known[key] for key in cells])
+
+
+_MEND = "delete it, and the cells beside it, and run the study again"
+
+
+def _outcome(cell: CellRecord) -> str:
+    if cell.perplexity is None:
+        return f"{number(cell.seconds)} s"
+    return f"perplexity {perplexity_text(cell.perplexity)}"
+
+
+def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:
+    """The cells that are there, by key."""
+    if not (out / RECORD).is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: is not empty, and holds no study; choose another output directory")
+        return {}
+    if read_record(out / RECORD, StudyRecord, mend=_MEND).inputs_sha256 != inputs_sha256:
+        raise UserError(
+            f"{out}: holds a study of another kind, model, text or machine; choose another output directory"
+        )
+    if not (out / CELLS).is_file():
+        return {}
+    try:
+        lines = (out / CELLS).read_text(encoding="utf-8").splitlines()
+        cells = [CellRecord.model_validate_json(line) for line in lines]
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{out / CELLS}: is damaged; {_MEND}") from error
+    return {cell.key: cell for cell in cells}
+
+
+class _Bench:
+    """The dense model with its statistics, on which one cell is measured after the other."""
+
+    def __init__(
+        self, source: ModelSource, study: Study, windows: TokenWindows, evaluated: TokenWindows | None
+    ) -> None:
+        self._model = load_model(source)
+        self.blocks = find_blocks(self._model)
+        for text in (windows, evaluated):
+            if text is not None:
+                check_windows(text, vocabulary=self._model.config.vocab_size, context=context_length(self._model))
+        self._weights = InMemory()
+        self._ids = windows.ids
+        self._evaluated = evaluated
+        self._lod_m = study.lod_m
+        self._dense = measure_dense(self._model, self.blocks, self._ids, self._weights)
+        self._means = [self._mean_score(block) for block in self.blocks] if study.lod_m else []
+
+    def measure(self, cell: Cell, key: str) -> CellRecord:
+        """Prune by the cell's plan, measure, and put the dense weights back."""
+        watch = _Stopwatch()
+        start = time.perf_counter()
+        with restored(self.blocks):
+            with watch.running():
+                shares = allocate(cell.plan, self.blocks, self._weights, self._dense)
+            records = prune_blocks(
+                self._model,
+                self.blocks,
+                cell.plan,
+                shares,
+                ids=self._ids,
+                dense=self._dense,
+                weights=self._weights,
+                timed=watch.running,
+            )
+            lod = {f"{m:g}": self._lod(m) for m in self._lod_m}
+            value = None
+            if self._evaluated is not None:
+                with in_fp32(self._model):  # as `prune --evaluate` does, whatever dtype the weights are stored in
+                    value = perplexity(self._model, self._evaluated.ids)
+        return CellRecord(
+            key=key,
+            labels=cell.labels,
+            plan=dataclasses.asdict(cell.plan),
+            sparsity_asked=cell.plan.sparsity,
+            sparsity_achieved=sum(one.sparsity_achieved * one.weights for one in records)
+            / sum(one.weights for one in records),
+            linear_sparsities=_by_linear(records),
+            perplexity=value,
+            lod_percent=lod,
+            metric_seconds=watch.seconds,
+            metric_cpu_seconds=watch.cpu_seconds,
+            seconds=time.perf_counter() - start,
+        )
+
+    @torch.no_grad()
+    def _mean_score(self, block: Block) -> float:
+        with self._weights.held(block):
+            return torch.cat([score.flatten() for score in self._dense.scores(block)]).mean().item()
+
+    @torch.no_grad()
+    def _lod(self, m: float) -> list[float]:
+        """D of each block as it is now, by the dense model's inputs and mean scores (paper, Table 2)."""
+        found = []
+        for block, mean in zip(self.blocks, self._means, strict=True):
+            with self._weights.held(block):
+                found.append(outlier_percent(self._dense.scores(block), m, mean=mean))
+        return found
+
+
+class _Stopwatch:
+    """Wall-clock and CPU seconds, summed over all times that it ran."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+
+
+def _by_linear(records: Sequence[BlockRecord]) -> dict[str, float]:
+    return {f"{block.name}.{one.name}": one.sparsity_achieved for block in records for one in block.linears}
+
+
+def _describe(
+    source: ModelSource,
+    study: Study,
+    inputs: dict[str, object],
+    blocks: Sequence[Block],
+    windows: TokenWindows,
+    evaluated: TokenWindows | None,
+) -> StudyRecord:
+    return StudyRecord(
+        study=study.name,
+        model=source.name,
+        model_sha256=str(inputs["model"]),
+        block_names=[block.name for block in blocks],
+        calibration=_text_record(windows),
+        evaluation=_text_record(evaluated) if evaluated else None,
+        threads=torch.get_num_threads(),
+        cpu=cpu_model(),
+        inputs_sha256=fingerprint(inputs),
+        versions=versions(),
+    )
+
+
+def _text_record(windows: TokenWindows) -> TextRecord:
+    count, seqlen = windows.ids.shape
+    return TextRecord(source=windows.source, windows=count, seqlen=seqlen, sha256=windows.sha256)
