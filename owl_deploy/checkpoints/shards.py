@@ -48,15 +48,10 @@ class Shards:
         Raises:
             UserError: the model is in another format, or its files are incomplete.
         """
-        if source.is_gguf or not _files(source.path):
-            held_as = "a .gguf file" if source.is_gguf else "not in safetensors files"
-            raise UserError(
-                f"{source.name}: is {held_as}, which --offload cannot read; convert it first: "
-                f"owl-deploy prune {source.name} --sparsity 0 -o DIR"
-            )
+        files = safetensors_files(source)
         check_weight_files(source.path)
         self._places: dict[str, _Place] = {}
-        for path in _files(source.path):
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
                     part = file.get_slice(name)
@@ -86,16 +81,25 @@ class Shards:
                     yield name, file.get_tensor(name)
 
 
-def _files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers would load; none where it would load something else."""
-    if (directory / _WHOLE).is_file():
-        return [directory / _WHOLE]
-    if not (directory / INDEX).is_file():
-        return []
+def safetensors_files(source: ModelSource) -> list[Path]:
+    """The files that transformers would load.
+
+    Raises:
+        UserError: they are in another format.
+    """
+    if not source.is_gguf and (source.path / _WHOLE).is_file():
+        return [source.path / _WHOLE]
+    index = source.path / INDEX
+    if source.is_gguf or not index.is_file():
+        kind = "a .gguf file" if source.is_gguf else "not in safetensors files"
+        raise UserError(
+            f"{source.name}: is {kind}, which --offload cannot read; convert it first: owl-deploy prune {source.name} "
+            "--sparsity 0 -o DIR"
+        )
     try:
-        return [directory / name for name in sorted(set(read_json(directory / INDEX)["weight_map"].values()))]
+        return [source.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / INDEX}: is not an index of weights; fetch the model again") from error
+        raise UserError(f"{index}: is not an index of weights; fetch the model again") from error
 
 
 def write_shard(
