@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from owl_deploy.checkpoints.shards import write_index, write_shard
 
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-_CALIBRATION = (8, 128)
+_CALIBRATION = (8, 64)
 _SHARD_BLOCKS = 4
 _DEVIATION = 0.02
 

@@ -22,7 +22,8 @@ def outlier_percent(scores: Iterable[torch.Tensor], m: float, *, mean: float | N
     """
     flat = _joined([score.flatten() for score in scores])
     threshold = m * (flat.mean() if mean is None else mean)
-    return 100.0 * (flat > threshold).sum().item() / flat.numel()
+    # sum() would make an int64 of each first
+    return 100.0 * torch.count_nonzero(flat > threshold).item() / flat.numel()
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
