@@ -3,7 +3,7 @@
     python benchmarks/large_checkpoint.py DIRECTORY [--blocks N]
 
 The geometry is LLaMA-7B's: 32 blocks of hidden size 4096, 32 heads, a feed-forward size of 11008, and 32000 words, 12.6
-GiB in bf16. `DIRECTORY/calibration.npy` holds 8 windows of 128 random ids. It has no tokenizer.
+GiB in bf16. `DIRECTORY/calibration.npy` holds 4 windows of 32 random ids. It has no tokenizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from owl_deploy.checkpoints.shards import write_index, write_shard
 
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-_CALIBRATION = (8, 64)
+_CALIBRATION = (4, 32)
 _SHARD_BLOCKS = 4
 _DEVIATION = 0.02
 
