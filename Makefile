@@ -30,8 +30,9 @@ STUDY_sweep := $(STUDY_EVALUATION)
 STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
 
 TINYLLAMA := tinyllama
+LARGE := large
 
-.PHONY: demo studies tinyllama kernels test lint install engines other-tools cross clean
+.PHONY: demo studies tinyllama offload kernels test lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -57,6 +58,13 @@ tinyllama: install  ## decode and prefill of every sparse format against dense f
 	done
 	$(BIN)/python benchmarks/decode.py $(TINYLLAMA)/decode.csv $(TINYLLAMA)/0/bundle/genai $(TINYLLAMA)/int4 \
 	  $(foreach sparsity,0.5 0.7 0.9,$(foreach weights,packed32 packed16 int8,$(TINYLLAMA)/$(sparsity)/bundle/sparse-$(weights)))
+
+# Random weights at the geometry of LLaMA-7B: 26 GB of disk, 3 GB of memory.
+offload: install  ## prune 12.6 GiB of weights block by block; ends with the most memory it held
+	test -f $(LARGE)/dense/calibration.npy || \
+	  { rm -rf $(LARGE)/dense && $(BIN)/python benchmarks/large_checkpoint.py $(LARGE)/dense; }
+	$(BIN)/python benchmarks/peak_memory.py $(BIN)/owl-deploy prune $(LARGE)/dense -o $(LARGE)/sparse --sparsity 0.5 \
+	  --calibration $(LARGE)/dense/calibration.npy --offload
 
 kernels: install  ## the sparse kernels alone, by format, instruction set and density
 	$(BIN)/python benchmarks/kernels.py kernels
@@ -108,4 +116,4 @@ cross:
 	  echo "$@: g++-aarch64-linux-gnu and qemu-user are not here: the kernels for ARM will not be tested"
 
 clean:
-	rm -rf $(VENV) .venvs build $(OUT) owl_deploy/sparse/libowl_sparse.so
+	rm -rf $(VENV) .venvs build $(OUT) $(LARGE) owl_deploy/sparse/libowl_sparse.so

@@ -20,9 +20,21 @@ def outlier_percent(scores: Iterable[torch.Tensor], m: float, *, mean: float | N
     Returns:
         Percent of the block's weights, zeros among them, that are outliers.
     """
-    flat = torch.cat([score.flatten() for score in scores])
+    flat = _joined([score.flatten() for score in scores])
     threshold = m * (flat.mean() if mean is None else mean)
-    return 100.0 * (flat > threshold).sum().item() / flat.numel()
+    # sum() would make an int64 of each first
+    return 100.0 * torch.count_nonzero(flat > threshold).item() / flat.numel()
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat(parts)`, which lets go of each part once it is there: a block's scores are not in memory twice."""
+    whole = parts[0].new_empty(sum(part.numel() for part in parts))
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        whole[start : start + part.numel()] = part
+        start += part.numel()
+    return whole
 
 
 def owl_sparsities(lod: Sequence[float], sparsity: float, owl_lambda: float, weights: Sequence[int]) -> list[float]:

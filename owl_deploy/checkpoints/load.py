@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,6 +87,44 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
     model.config._name_or_path = source.name  # transformers puts the path of a temporary directory there
     model.requires_grad_(False)
     return model.eval()
+
+
+def load_skeleton(source: ModelSource, dtype: torch.dtype | None, *, stored: torch.dtype) -> PreTrainedModel:
+    """A causal LM without its parameters, which are on the meta device; its buffers are as they were computed.
+
+    Args:
+        dtype: of the parameters; None for the config's, or `stored` where it names none.
+
+    Raises:
+        UserError: transformers knows no such model.
+    """
+    config = load_config(source.path)
+    try:
+        with _quiet_transformers():
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
+            if (source.path / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(source.path)
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
+    model.tie_weights()  # each was put on the meta device by itself
+    _keep_in_fp32(model)
+    model.config._name_or_path = source.name
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _keep_in_fp32(model: PreTrainedModel) -> None:
+    """What `from_pretrained` does to the parameters of models that name some which half precision would hurt."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    kept = [
+        *((model._keep_in_fp32_modules or ()) if model.dtype == torch.float16 else ()),
+        *((model._keep_in_fp32_modules_strict or ()) if half else ()),
+    ]
+    for name, parameter in model.named_parameters():
+        if any(re.search(rf"(^|\.){module}($|\.)", name) for module in kept):
+            parameter.data = parameter.data.float()
 
 
 def load_config(directory: Path) -> Any:

@@ -85,7 +85,10 @@ def prune(
     ] = None,
     evaluate_windows: options.EvaluateWindows = None,
     offload: Annotated[
-        bool, typer.Option("--offload", help="Hold one block in memory at a time: for models larger than memory.")
+        bool,
+        typer.Option(
+            "--offload", help="Hold one block in memory at a time: for safetensors larger than memory. Same results."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1, mps, …")] = "cpu",
     threads: options.Threads = None,

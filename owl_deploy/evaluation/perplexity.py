@@ -21,6 +21,11 @@ def perplexity_of(window_losses: NDArray[np.float64] | list[float]) -> float:
         return math.inf
 
 
+def window_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
+    """Mean cross-entropy (nats) of a window [length], but for its first token; `logits` [1, length, vocabulary]."""
+    return functional.cross_entropy(logits[0, :-1].float(), window[1:]).item()
+
+
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: NDArray[np.int64], reporter: Reporter = SILENT) -> float:
     """Perplexity of `model` over windows `ids` [n, length]: each window predicts its last `length - 1` tokens.
@@ -29,6 +34,5 @@ def perplexity(model: PreTrainedModel, ids: NDArray[np.int64], reporter: Reporte
     """
     losses = []
     for window in reporter.track(torch.from_numpy(ids), "perplexity"):
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(functional.cross_entropy(logits, window[1:]).item())
+        losses.append(window_loss(model(window[None], use_cache=False).logits, window))
     return perplexity_of(losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +12,19 @@ from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.checkpoints.structure import Block, find_blocks
 from owl_deploy.pruning.progress import FinishedBlocks
 from owl_deploy.pruning.weights import BlockWeights, InMemory
+
+
+class Opened(Protocol):
+    """What is pruned, wherever its weights are."""
+
+    model: PreTrainedModel
+    blocks: list[Block]
+    weights: BlockWeights
+    finished: FinishedBlocks
+
+    def save(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write the checkpoint, once every block is pruned."""
+        ...
 
 
 class OpenedModel:

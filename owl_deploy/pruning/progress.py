@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from owl_deploy.checkpoints.shards import write_shard
 from owl_deploy.checkpoints.structure import Block
 from owl_deploy.files import disk_errors
 from owl_deploy.pruning.manifest import BlockRecord
@@ -39,10 +39,10 @@ class FinishedBlocks:
         """Keep a block whose weights are in their own dtype; whole, or not at all."""
         path = self.path(block)
         partial = path.with_suffix(".partial")
-        tensors = {f"{block.name}.{name}": tensor.contiguous() for name, tensor in block.module.state_dict().items()}
+        tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
         with disk_errors(path):
             try:
-                save_file(tensors, partial, {"format": "pt", _RECORD: record.model_dump_json()})
+                write_shard(partial, tensors, tensors.items(), {"format": "pt", _RECORD: record.model_dump_json()})
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer
+from owl_deploy.checkpoints.shards import safetensors_files
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.checkpoints.structure import Block
 from owl_deploy.errors import UserError
@@ -39,7 +40,8 @@ from owl_deploy.pruning.manifest import (
     read_manifest,
     versions,
 )
-from owl_deploy.pruning.opened import OpenedModel
+from owl_deploy.pruning.offload import OffloadedModel, offloaded_perplexity
+from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
 from owl_deploy.pruning.tune import tune
 from owl_deploy.recipes import Recipe, write_recipes
@@ -61,7 +63,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where pruning computes; `offload` holds one block of the model at a time."""
+    """Where pruning computes; `offload` holds one block of the model at a time, with the same results."""
 
     device: str = "cpu"
     offload: bool = False
@@ -103,6 +105,10 @@ def prune_checkpoint(
     """
     clock = _Clock()
     _check_device(execution.device)
+    if execution.offload:
+        if tune_over:
+            raise UserError("--tune tries allocations on the whole model in memory; leave out --offload, or --tune")
+        safetensors_files(source)
     with clock.phase("hash"):
         model_sha256 = source.fingerprint()
     tokenizer = load_tokenizer(source)
@@ -125,7 +131,7 @@ def prune_checkpoint(
 
     with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, inputs_sha256) as unfinished:
         with clock.phase("load"):
-            opened = OpenedModel(source, staging, unfinished, execution.device)
+            opened = _open(source, staging, unfinished, execution)
             model, blocks = opened.model, opened.blocks
         block_class, names = type(blocks[0].module).__name__, [block.name for block in blocks]
         if recipe is not None:
@@ -133,7 +139,12 @@ def prune_checkpoint(
         for text in (windows, evaluated):
             if text is not None:
                 check_windows(text, vocabulary=model.config.vocab_size, context=context_length(model))
-        before = _evaluate(source, evaluated, clock, reporter)
+
+        def evaluate(checkpoint: ModelSource) -> float | None:
+            with clock.phase("evaluate"):
+                return _evaluate(checkpoint, evaluated, execution, unfinished, reporter)
+
+        before = evaluate(source)
         trials: list[TrialRecord] = []
         if tune_over and windows is not None:
             with clock.phase("tune"):
@@ -159,7 +170,7 @@ def prune_checkpoint(
         with clock.phase("save"):
             opened.save(tokenizer)
         write_recipes(staging, plan, block_class, shares, names)
-        after = _evaluate(ModelSource(source.name, staging), evaluated, clock, reporter)
+        after = evaluate(ModelSource(source.name, staging))
         weights = sum(block.weights for block in records)
         manifest = PruningManifest(
             model=source.name,
@@ -183,6 +194,11 @@ def prune_checkpoint(
     return manifest
 
 
+def _open(source: ModelSource, out: Path, unfinished: Path, execution: Execution) -> Opened:
+    kind = OffloadedModel if execution.offload else OpenedModel
+    return kind(source, out, unfinished, execution.device)
+
+
 def _mean_share(shares: Sequence[BlockShare], blocks: Sequence[Block]) -> float:
     asked = sum(share.mean(block.sizes) * block.weights for share, block in zip(shares, blocks, strict=True))
     return asked / sum(block.weights for block in blocks)
@@ -197,7 +213,7 @@ def _check_device(device: str) -> None:
 
 
 def _tune(
-    opened: OpenedModel,
+    opened: Opened,
     plan: PruningPlan,
     allocations: tuple[Allocation, ...],
     windows: TokenWindows,
@@ -235,7 +251,7 @@ def _calibration_windows(
 
 
 def _dense_statistics(
-    opened: OpenedModel,
+    opened: Opened,
     plan: PruningPlan,
     windows: TokenWindows | None,
     model_sha256: str,
@@ -254,12 +270,15 @@ def _dense_statistics(
     return dense
 
 
-def _evaluate(source: ModelSource, windows: TokenWindows | None, clock: _Clock, reporter: Reporter) -> float | None:
+def _evaluate(
+    source: ModelSource, windows: TokenWindows | None, execution: Execution, scratch: Path, reporter: Reporter
+) -> float | None:
     """Perplexity of a checkpoint in fp32, whatever dtype it is stored in."""
     if windows is None:
         return None
-    with clock.phase("evaluate"):
-        return perplexity(load_model(source, torch.float32), windows.ids, reporter)
+    if execution.offload:
+        return offloaded_perplexity(source, windows.ids, scratch, execution.device, reporter)
+    return perplexity(load_model(source, torch.float32), windows.ids, reporter)
 
 
 def _evaluation_windows(

@@ -31,8 +31,8 @@ def smallest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = kth_smallest(scores, count - 1)
     below, ties = scores < threshold, scores == threshold
-    missing = count - below.sum(dim=1, keepdim=True)
-    return below | (ties & (ties.cumsum(dim=1) <= missing))
+    missing = count - below.sum(dim=1, keepdim=True, dtype=torch.int32)  # in int64, twice the scores' memory
+    return below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing))
 
 
 def smallest_of_layer(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

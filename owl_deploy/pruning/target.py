@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from owl_deploy.checkpoints.structure import Block, Linear, matrix_of, without_indices
+from owl_deploy.pruning.spill import Tensors
 from owl_deploy.pruning.stream import CalibrationStream
 
 _MOST_CANDIDATES = 6
@@ -32,13 +33,13 @@ class DenseBlock:
         writers: the linears whose outputs add up with the block's input to its output, in the order they are called.
             Empty where no such sum gives the output (a norm after the projection, a scaled residual).
         written: by writer, the stream once it has written, but for its bias: [1, tokens, hidden].
-        inputs: by other linear, its inputs [..., in]; linears fed by one tensor share it. Experts, which do not see
-            every token, are left out.
+        inputs: by other linear, its inputs [..., in]; linears fed by one tensor share one list of them. Experts, which
+            do not see every token, are left out.
     """
 
     writers: tuple[str, ...] = ()
-    written: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    written: dict[str, Tensors] = field(default_factory=dict)
+    inputs: dict[str, Tensors] = field(default_factory=dict)
 
 
 def observe(stream: CalibrationStream, block: Block) -> DenseBlock:
@@ -48,13 +49,21 @@ def observe(stream: CalibrationStream, block: Block) -> DenseBlock:
         for index, before, after in stream.watched(block):
             if index == 0:
                 seen.writers = _writers(before, after, outputs)
+                seen.written = {name: stream.new_store() for name in seen.writers}
+                others = {
+                    name: tensor
+                    for name, tensor in inputs.items()
+                    if name not in seen.writers and name == without_indices(name)
+                }
+                stores = {id(tensor): stream.new_store() for tensor in others.values()}
+                seen.inputs = {name: stores[id(tensor)] for name, tensor in others.items()}
+                leaders = {id(store): name for name, store in seen.inputs.items()}
             found = before
             for name in seen.writers:
                 found = found + outputs[name].view_as(found)
-                seen.written.setdefault(name, []).append(found - _bias(block.linears[name]))
-            for name, tensor in inputs.items():
-                if name not in seen.writers and name == without_indices(name):
-                    seen.inputs.setdefault(name, []).append(tensor)
+                seen.written[name].append(found - _bias(block.linears[name]))
+            for name in leaders.values():
+                seen.inputs[name].append(inputs[name])
             inputs.clear()
             outputs.clear()
     return seen
@@ -131,7 +140,7 @@ class DenseTargets:
             return self._of_writers[name]
         if name not in self._dense.inputs:
             return None
-        return matrix_of(self._linears[name]) @ self._crossed[id(self._dense.inputs[name][0])]
+        return matrix_of(self._linears[name]) @ self._crossed[id(self._dense.inputs[name])]
 
     def _reader(self, name: str, index: int) -> Any:
         def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -141,7 +150,7 @@ class DenseTargets:
                 self._of_writers[name] = self._mean(self._of_writers.get(name), wanted, inputs)
                 return
             dense = self._dense.inputs[name]
-            key = id(dense[0])
+            key = id(dense)
             if key not in self._added:  # linears fed by the same tensor share it
                 self._added.add(key)
                 self._crossed[key] = self._mean(self._crossed.get(key), dense[index], inputs)
