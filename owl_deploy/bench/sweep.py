@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from owl_deploy.bench.executors import run_here, run_on_ray
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UnsupportedFamily
@@ -13,6 +16,29 @@ from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
 from owl_deploy.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class Level:
+    """One sparsity of a sweep in `out`, whose dense checkpoint is there."""
+
+    source: ModelSource
+    out: Path
+    plan: PruningPlan
+    calibration: Calibration
+    engines: tuple[EngineSpec, ...]
+
+    def __str__(self) -> str:
+        return f"sparsity {self.plan.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where the levels are made; `address` and `threads` are Ray's (see `run_on_ray`)."""
+
+    kind: Literal["here", "ray"] = "here"
+    address: str | None = None
+    threads: int = 1
 
 
 def make_levels(
@@ -23,6 +49,7 @@ def make_levels(
     calibration: Calibration,
     engines: Sequence[EngineSpec],
     *,
+    executor: Executor = Executor(),  # frozen
     reporter: Reporter,
 ) -> list[Path]:
     """Prune and export `source` at every sparsity, for these engines, reusing what is there; the bundles' directories.
@@ -36,26 +63,30 @@ def make_levels(
     Raises:
         UserError: see `prune_checkpoint` and `export_checkpoint`.
     """
-    plans = {sparsity: PruningPlan(sparsity, **plan) for sparsity in sparsities}  # mistakes are told before the work
-    bundles = []
-    dense = out / "0" / "checkpoint"
-    prune_checkpoint(source, dense, PruningPlan(0.0), calibration, reporter=reporter)
-    for sparsity in sparsities:
-        reporter.step(f"sparsity {sparsity:g}")
-        level = out / f"{sparsity:g}"
-        if sparsity > 0:
-            prune_checkpoint(
-                ModelSource(source.name, dense),
-                level / "checkpoint",
-                plans[sparsity],
-                calibration,
-                statistics_file=out / "statistics.safetensors",
-                reporter=reporter,
-            )
-        bundle = level / "bundle"
-        _export(level / "checkpoint", bundle, engines, reporter)
-        bundles.append(bundle)
-    return bundles
+    plans = [PruningPlan(sparsity, **plan) for sparsity in sparsities]  # mistakes are told before the work
+    prune_checkpoint(source, out / "0" / "checkpoint", PruningPlan(0.0), calibration, reporter=reporter)
+    levels = [Level(source, out.absolute(), plan, calibration, tuple(engines)) for plan in plans]
+    run = run_here
+    if executor.kind == "ray":
+        run = partial(run_on_ray, address=executor.address, threads=executor.threads)
+    run(make_level, levels, reporter)
+    return [out / f"{sparsity:g}" / "bundle" for sparsity in sparsities]
+
+
+def make_level(level: Level, reporter: Reporter) -> None:
+    """Prune and export one level."""
+    directory = level.out / f"{level.plan.sparsity:g}"
+    reporter.step(str(level))
+    if level.plan.sparsity > 0:
+        prune_checkpoint(
+            ModelSource(level.source.name, level.out / "0" / "checkpoint"),
+            directory / "checkpoint",
+            level.plan,
+            level.calibration,
+            statistics_file=level.out / "statistics.safetensors",
+            reporter=reporter,
+        )
+    _export(directory / "checkpoint", directory / "bundle", level.engines, reporter)
 
 
 def _export(checkpoint: Path, bundle: Path, engines: Sequence[EngineSpec], reporter: Reporter) -> None:

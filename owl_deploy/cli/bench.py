@@ -53,6 +53,10 @@ def bench(
         Optional[int], typer.Option(min=2, help="Tokens per calibration window. Default: 2048.")
     ] = None,
     seed: options.Seed = 0,
+    executor: Annotated[str, typer.Option(help="Of a sweep: make its levels here, or on ray, side by side.")] = "here",
+    ray_address: Annotated[
+        Optional[str], typer.Option(help="Of a running Ray cluster. Default: one is started on this machine.")
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -72,13 +76,15 @@ def bench(
     """
     from owl_deploy.bench.machine import available_cores
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
-    from owl_deploy.bench.sweep import make_levels
+    from owl_deploy.bench.sweep import Executor, make_levels
     from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.engines.registry import installed_engines
     from owl_deploy.pruning.levels import parse_sparsities
     from owl_deploy.pruning.run import Calibration
     from owl_deploy.report.tables import terminal_table
 
+    if executor not in ("here", "ray"):
+        raise UserError(f"--executor {executor}: give here or ray")
     if bool(bundles) == (sweep is not None):
         raise UserError("give either bundles to measure, or a model with --sweep")
     reporter = Reporter(quiet=quiet)
@@ -90,7 +96,10 @@ def bench(
         given = {name: value for name, value in asked.items() if value is not None}
         wanted = Calibration(calibration, samples, calibration_seqlen, seed)
         levels = parse_sparsities(sparsities)
-        paths = make_levels(resolve_model(sweep), output, levels, given, wanted, specs, reporter=reporter)
+        where = Executor("ray" if executor == "ray" else "here", ray_address, threads or 1)
+        paths = make_levels(
+            resolve_model(sweep), output, levels, given, wanted, specs, executor=where, reporter=reporter
+        )
     request = Request(
         prompt=prompt,
         new_tokens=new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -41,7 +42,12 @@ class DenseStatistics:
     def save(self, path: Path, inputs_sha256: str) -> None:
         """Write a safetensors file that says which model and text it was measured from."""
         apart = {name: square.clone() for name, square in self.squares.items()}  # linears with one input share theirs
-        save_file(apart, path, {_INPUTS: inputs_sha256})
+        partial = path.with_name(f".{path.name}.{os.getpid()}")  # levels of a sweep may write it at once
+        try:
+            save_file(apart, partial, {_INPUTS: inputs_sha256})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, inputs_sha256: str) -> DenseStatistics | None:
