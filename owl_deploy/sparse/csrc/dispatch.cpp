@@ -49,16 +49,16 @@ const Kernels* find_kernels(const char* name) {
   return nullptr;
 }
 
-std::size_t scratch_bytes(const Packed& weights, std::int64_t tokens) {
+std::size_t scratch_bytes(const Kernels& kernels, const Packed& weights, std::int64_t tokens) {
   const Header& h = *weights.header;
-  return tokens >= kManyTokens ? Tiles(h, tokens).bytes() : Inputs(h, tokens).bytes(tokens);
+  return kernels.many.are(h, tokens) ? Tiles(h, tokens).bytes() : Inputs(h, tokens).bytes(tokens);
 }
 
-std::int64_t stage_items(const Packed& weights, std::int64_t tokens, int stage) {
+std::int64_t stage_items(const Kernels& kernels, const Packed& weights, std::int64_t tokens, int stage) {
   const Header& h = *weights.header;
   const auto units = std::int64_t{h.slices} * h.panels;
   if (tokens <= 0) return 0;
-  if (tokens >= kManyTokens) {
+  if (kernels.many.are(h, tokens)) {
     const Tiles tiles(h, tokens);
     if (stage == 0) return tiles.count * ceil_div(tiles.columns, kTransposed);
     return stage == 1 ? tiles.count * Slices::items(h) : 0;

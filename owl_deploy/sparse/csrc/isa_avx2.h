@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "isa_scalar.h"
-#include "layout.h"
+#include "kernels.h"
 
 namespace owl {
 namespace {
@@ -30,6 +30,7 @@ constexpr auto kExpand8 = [] {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
+  static constexpr ManyTokens kManyTokens = {16, 16};
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;

@@ -6,13 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "layout.h"
+#include "kernels.h"
 
 namespace owl {
 namespace {
 
 struct Avx512 {
   static constexpr const char* kName = "avx512";
+  static constexpr ManyTokens kManyTokens = {24, 48};
   static constexpr int kVectors = 8;
   static constexpr int kPairVectors = 8;
   static constexpr std::int64_t kInputOffset = 1 << 23;

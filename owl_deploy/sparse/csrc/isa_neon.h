@@ -9,13 +9,14 @@
 #include <cstring>
 
 #include "isa_scalar.h"
-#include "layout.h"
+#include "kernels.h"
 
 namespace owl {
 namespace {
 
 struct Neon {
   static constexpr const char* kName = "neon";
+  static constexpr ManyTokens kManyTokens = {16, 16};
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;

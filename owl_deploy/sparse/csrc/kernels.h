@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "format.h"
+#include "layout.h"
 
 namespace owl {
 
@@ -22,13 +22,21 @@ struct Product {
 // on any threads in any order. The result does not depend on how many there are.
 inline constexpr int kStages = 3;
 
-std::size_t scratch_bytes(const Packed& weights, std::int64_t tokens);
-std::int64_t stage_items(const Packed& weights, std::int64_t tokens, int stage);
+// From how many tokens on a product is made the way of many tokens (see product.h): where it is measured to be faster.
+struct ManyTokens {
+  std::int64_t packed, eight_bit;
+
+  bool are(const Header& h, std::int64_t tokens) const { return tokens >= (is_packed(h.format) ? packed : eight_bit); }
+};
 
 struct Kernels {
   const char* name;  // "avx512", "avx2", "neon" or "scalar"
+  ManyTokens many;
   void (*run)(const Product& product, int stage, std::int64_t item);
 };
+
+std::size_t scratch_bytes(const Kernels& kernels, const Packed& weights, std::int64_t tokens);
+std::int64_t stage_items(const Kernels& kernels, const Packed& weights, std::int64_t tokens, int stage);
 
 // The kernels called `name`, or the best this CPU can run if it is null or empty; null if it cannot run those.
 const Kernels* find_kernels(const char* name);

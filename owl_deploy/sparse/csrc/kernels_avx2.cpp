@@ -4,6 +4,6 @@
 namespace owl {
 
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels = {Avx2::kName, run_stage<Avx2>};
+const Kernels kAvx2Kernels = {Avx2::kName, Avx2::kManyTokens, run_stage<Avx2>};
 
 }  // namespace owl

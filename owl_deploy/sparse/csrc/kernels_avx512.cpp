@@ -4,6 +4,6 @@
 namespace owl {
 
 extern const Kernels kAvx512Kernels;
-const Kernels kAvx512Kernels = {Avx512::kName, run_stage<Avx512>};
+const Kernels kAvx512Kernels = {Avx512::kName, Avx512::kManyTokens, run_stage<Avx512>};
 
 }  // namespace owl

@@ -4,6 +4,6 @@
 namespace owl {
 
 extern const Kernels kNeonKernels;
-const Kernels kNeonKernels = {Neon::kName, run_stage<Neon>};
+const Kernels kNeonKernels = {Neon::kName, Neon::kManyTokens, run_stage<Neon>};
 
 }  // namespace owl

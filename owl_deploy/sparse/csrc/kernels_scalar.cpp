@@ -4,6 +4,6 @@
 namespace owl {
 
 extern const Kernels kScalarKernels;
-const Kernels kScalarKernels = {Scalar::kName, run_stage<Scalar>};
+const Kernels kScalarKernels = {Scalar::kName, Scalar::kManyTokens, run_stage<Scalar>};
 
 }  // namespace owl

@@ -47,7 +47,7 @@ class Team {
   void work(int repeats) {
     for (int round = 0; round < repeats * owl::kStages; ++round) {
       const int stage = round % owl::kStages;
-      const std::int64_t items = owl::stage_items(*product_.weights, product_.tokens, stage);
+      const std::int64_t items = owl::stage_items(kernels_, *product_.weights, product_.tokens, stage);
       for (std::int64_t item; (item = next_.fetch_add(1)) < items;) kernels_.run(product_, stage, item);
       if (arrived_.fetch_add(1) + 1 == threads_ * (round + 1)) {
         next_.store(0);
@@ -114,7 +114,7 @@ std::int64_t owl_product(const std::uint8_t* data, std::int64_t size, const floa
   if (chosen == nullptr) return fail(std::string("this CPU has no kernels called ") + kernels);
   if (tokens < 1 || threads < 1 || repeats < 1) return fail("tokens, threads and repeats are at least 1");
   try {
-    const std::size_t bytes = owl::scratch_bytes(packed, tokens);
+    const std::size_t bytes = owl::scratch_bytes(*chosen, packed, tokens);
     const std::unique_ptr<std::byte[], Free> scratch(new (std::align_val_t{owl::kAlignment}) std::byte[bytes]);
     const owl::Product product{&packed, x, y, tokens, scratch.get()};
     const auto start = std::chrono::steady_clock::now();

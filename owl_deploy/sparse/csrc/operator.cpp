@@ -177,7 +177,7 @@ class SparseMatMul {
     // A thread is in one product at a time, whoever helps it with the items, so one scratch for each will do.
     thread_local Buffer scratch;
     const Product product{&weights_, static_cast<const float*>(x.data), static_cast<float*>(y), tokens,
-                          scratch.reserve(scratch_bytes(weights_, tokens))};
+                          scratch.reserve(scratch_bytes(*kernels_, weights_, tokens))};
     for (int stage = 0; stage < kStages; ++stage) {
       if (OrtStatus* status = run(context, product, stage)) return status;
     }
@@ -197,7 +197,7 @@ class SparseMatMul {
 
   OrtStatus* run(OrtKernelContext* context, const Product& product, int stage) const {
     Work work{kernels_, &product, stage};
-    const std::int64_t items = stage_items(weights_, product.tokens, stage);
+    const std::int64_t items = stage_items(*kernels_, weights_, product.tokens, stage);
     if (items <= 0) return nullptr;
     if (items == 1) {
       run_item(&work, 0);

@@ -21,7 +21,6 @@
 namespace owl {
 namespace {
 
-constexpr std::int64_t kManyTokens = 16;        // from here on, tokens lie in lanes
 constexpr std::int64_t kTileTokens = 128;       // most of a tile; its 32 rows of a block of inputs fit in L1
 constexpr std::uint32_t kFlushColumns = 2048;   // 8-bit products are summed in 32 bits over no more of them
 constexpr std::int64_t kTransposed = 256;       // columns that one item of the first stage transposes
@@ -529,7 +528,7 @@ void many_tokens_item(const Product& p, std::int64_t item) {
 template <class Isa>
 void run_stage(const Product& p, int stage, std::int64_t item) {
   const Header& h = *p.weights->header;
-  if (p.tokens >= kManyTokens) {
+  if (Isa::kManyTokens.are(h, p.tokens)) {
     if (stage == 0) transpose(p, item);
     if (stage == 1) many_tokens_item<Isa>(p, item);
     return;

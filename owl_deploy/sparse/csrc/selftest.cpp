@@ -246,10 +246,10 @@ Array<float> random_inputs(Random& random, std::int64_t tokens, std::uint32_t co
 Array<float> multiply(const Kernels& kernels, const Packed& weights, const Array<float>& x, std::int64_t tokens,
                       Random* random = nullptr) {
   Array<float> y(static_cast<std::size_t>(tokens * outputs(weights)));
-  const Array<std::byte> scratch(scratch_bytes(weights, tokens));
+  const Array<std::byte> scratch(scratch_bytes(kernels, weights, tokens));
   const Product product{&weights, x.data(), y.data(), tokens, scratch.data()};
   for (int stage = 0; stage < kStages; ++stage) {
-    std::vector<std::int64_t> items(static_cast<std::size_t>(stage_items(weights, tokens, stage)));
+    std::vector<std::int64_t> items(static_cast<std::size_t>(stage_items(kernels, weights, tokens, stage)));
     std::iota(items.begin(), items.end(), 0);
     for (std::size_t i = items.size(); random != nullptr && i > 1; --i) {
       std::swap(items[i - 1], items[random->below(i)]);
@@ -377,12 +377,12 @@ void check_matrix(Random& random, const Matrix& m) {
   const Packed parsed = ::parsed(bytes);
   const Array<float> weights = check_unpacked(m, parsed);
   const bool small = m.weights.size() < 10'000, large = m.weights.size() > 40'000;
-  const std::int64_t few = random.between(1, kFew), most = large ? 15 : 40;
+  const std::int64_t few = random.between(1, kFew), most = large ? 15 : 70;
   const std::int64_t more = small && random.chance(0.3) ? random.between(124, 136) : random.between(kFew + 1, most);
   for (const std::int64_t tokens : {few, more}) {
     check_products(random, m, bytes, parsed, weights, random_inputs(random, tokens, m.columns));
   }
-  check_infinite_input(random, m, parsed, weights, random.chance(0.7) ? few : random.between(16, 20));
+  check_infinite_input(random, m, parsed, weights, random.chance(0.7) ? few : random.between(16, 60));
 }
 
 // What random shapes are unlikely to be: single rows and columns; full slices, and one row more; more panels than one,
