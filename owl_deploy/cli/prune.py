@@ -101,7 +101,8 @@ def prune(
     the block sparsities. What is there already from the same inputs is not made again, and a run that was killed
     goes on after the last block it finished.
 
-    The default, OWL with Wanda, is the paper's. `--method admm` gives the lowest perplexity and takes twice the time.
+    The default, OWL with Wanda, is the paper's. `--method admm` gives the lowest perplexity, and takes two to four
+    times as long.
 
     Examples:
 
