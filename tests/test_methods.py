@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from owl_deploy.errors import UserError
 from owl_deploy.pruning.admm import admm
-from owl_deploy.pruning.plan import NM
+from owl_deploy.pruning.plan import NM, PruningPlan
 from owl_deploy.pruning.ria import ria_scores
 from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer, smallest_per_row
 from owl_deploy.pruning.sparsegpt import sparsegpt
@@ -155,3 +155,10 @@ def test_granularity_row_and_layer_differ_in_where_not_in_how_much(layer: dict[s
     assert (of_rows.sum(dim=1) == 100).all()
     assert of_layer.sum() == of_rows.sum() + 1  # the threshold's own weight goes too, as published
     assert of_layer.sum(dim=1).unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "slope"), [(0.3, 0), (0.5, 0), (0.6, 0.0725), (0.65, 0.09625), (0.7, 0.12), (0.9, 0.12)]
+)
+def test_the_usual_slope_of_the_linear_allocation(sparsity: float, slope: float) -> None:
+    assert PruningPlan(sparsity, "admm").half_range == pytest.approx(slope)
