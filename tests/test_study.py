@@ -96,12 +96,12 @@ def test_granularity_compares_three_units_of_two_methods(study: Any, tmp_path: P
 
 
 def test_allocation_tries_all_of_them(study: Any, tmp_path: Path) -> None:
-    study("allocation", tmp_path / "out", "--sparsities", "0.5", "--method", "magnitude")
+    study("allocation", tmp_path / "out", "--sparsities", "0.6", "--method", "magnitude")
     found = rows(tmp_path / "out" / "allocation.csv")
     names = ["uniform", "owl", "owl-inverse", "global", "erdos-renyi", "er-plus", "dlp", "linear", "owl-per-layer"]
     assert [row["allocation"] for row in found] == ["dense", *names]
     for row in found[1:]:
-        assert float(row["sparsity_achieved"]) == pytest.approx(0.5, abs=2e-3)
+        assert float(row["sparsity_achieved"]) == pytest.approx(0.6, abs=2e-3)
     assert len({row["perplexity"] for row in found}) == len(found)
     assert {row["paper_llama_7b"] for row in found[1:]} == {""}  # the paper's are Wanda's
 
