@@ -61,7 +61,7 @@ def prune(
     ] = None,
     percdamp: Annotated[
         Optional[float],
-        typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal. Default: 0.01; admm 0.1."),
+        typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal. Default: 0.01; admm 0.3."),
     ] = None,
     admm_steps: Annotated[Optional[int], typer.Option(help="admm: iterations. Default: 20.")] = None,
     recipe: Annotated[

@@ -39,7 +39,7 @@ def admm(
     correlation: torch.Tensor | None = None,
     steps: int = 20,
     polish: int = 10,
-    dampening: float = 0.1,
+    dampening: float = 0.3,
 ) -> ADMMResult:
     """Prune one linear and solve for the weights that are kept.
 

@@ -98,7 +98,8 @@ class PruningPlan:
         target: what ADMM reproduces: each linear's own output, or the dense model's stream.
         ablation: whether `ablate-*` choose their mask at once, or in turn with SparseGPT's updates.
         block_size: the column block of SparseGPT and the ablations.
-        dampening: added to the Hessian's diagonal, as a fraction of its mean.
+        dampening: added to the Hessian's diagonal, as a fraction of its mean. ADMM's 0.3 is what measured best of 0.02,
+            0.1 and 0.3 on SmolLM2-135M.
         admm_steps: iterations of ADMM.
     """
 
@@ -162,7 +163,7 @@ class PruningPlan:
         if self.method.startswith("ablate"):
             defaults["ablation"] = "seq"
         if self.method in _WITH_DAMPENING:
-            defaults["dampening"] = 0.1 if self.method == "admm" else 0.01
+            defaults["dampening"] = 0.3 if self.method == "admm" else 0.01
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
