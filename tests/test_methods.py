@@ -105,13 +105,13 @@ def test_what_admm_keeps_is_the_least_squares_solution_on_its_support(layer: dic
 
 
 def test_admm_can_reproduce_other_outputs_than_the_layers_own(layer: dict[str, torch.Tensor]) -> None:
-    W, H = layer["W"], layer["H"]
+    W, H = layer["W"].double(), layer["H"].double()  # in fp32, rounding decides between near ties
     own = admm(W, H, 0.5, smallest_of_layer).weight
     torch.testing.assert_close(admm(W, H, 0.5, smallest_of_layer, correlation=W @ H).weight, own, rtol=1e-3, atol=1e-4)
     other = W.roll(1, 0)
     nothing = lambda scores, _: torch.zeros_like(scores, dtype=torch.bool)  # noqa: E731
     moved = admm(W, H, 0.0, nothing, correlation=other @ H, dampening=0.1).weight
-    X = layer["X"].reshape(-1, 200)
+    X = layer["X"].reshape(-1, 200).double()
     assert (X @ (moved - other).T).norm() < 0.3 * (X @ (W - other).T).norm()
 
 
