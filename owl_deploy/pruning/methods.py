@@ -12,9 +12,9 @@ from owl_deploy.pruning.magnitude import magnitude_mask
 from owl_deploy.pruning.plan import NM, Method, PruningPlan
 from owl_deploy.pruning.ria import ria_scores
 from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer, smallest_per_row
-from owl_deploy.pruning.sparsegpt import sparsegpt
+from owl_deploy.pruning.sparsegpt import Scores, saliency, sparsegpt
 from owl_deploy.pruning.statistics import InputStatistics, Statistic
-from owl_deploy.pruning.wanda import wanda_scores, wanda_variant_mask
+from owl_deploy.pruning.wanda import wanda_mask, wanda_scores, wanda_variant_mask
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _ria(task: Task) -> Pruned:
     return _masked(task, task.smallest(ria_scores(task.weight, task.statistics.mean_square(task.name))))
 
 
-def _sparsegpt(task: Task) -> Pruned:
+def _sparsegpt(task: Task, scores: Scores = saliency, fixed_mask: torch.Tensor | None = None) -> Pruned:
+    """SparseGPT; with another metric's scores or mask, its update of what that metric leaves (the ablations)."""
     result = sparsegpt(
         task.weight,
         task.statistics.hessian(task.name),
@@ -98,6 +99,8 @@ def _sparsegpt(task: Task) -> Pruned:
         pattern=task.pattern,
         block_size=task.plan.block_size,
         dampening=_given(task.plan.dampening),
+        scores=scores,
+        fixed_mask=fixed_mask,
     )
     return Pruned(result.weight, result.dampening)
 
@@ -116,37 +119,16 @@ def _admm(task: Task) -> Pruned:
 
 
 def _ablate_magnitude(task: Task) -> Pruned:
-    fixed = None
-    if task.plan.ablation == "seq":
-        fixed = magnitude_mask(task.weight, task.sparsity, task.pattern)
-    return _ablation(task, lambda weights, _, __: weights.abs(), fixed)
+    """Wanda's paper, Table 6, and its code."""
+    fixed = magnitude_mask(task.weight, task.sparsity, task.pattern) if task.plan.ablation == "seq" else None
+    return _sparsegpt(task, lambda weights, _, __: weights.abs(), fixed)
 
 
 def _ablate_wanda(task: Task) -> Pruned:
+    """Wanda's paper, Table 6, and its code."""
     squares = task.statistics.ablation_square(task.name)
-    fixed = None
-    if task.plan.ablation == "seq":
-        scores = wanda_scores(task.weight, squares)
-        count = int(scores.shape[1] * task.sparsity)
-        fixed = smallest_of_each_group(scores, task.pattern) if task.pattern else smallest_per_row(scores, count)
-    return _ablation(task, lambda weights, _, where: wanda_scores(weights, squares[where]), fixed)
-
-
-def _ablation(
-    task: Task, scores: Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor], fixed: torch.Tensor | None
-) -> Pruned:
-    """SparseGPT's update of what another metric leaves (Wanda's paper, Table 6, and its code)."""
-    result = sparsegpt(
-        task.weight,
-        task.statistics.hessian(task.name),
-        task.sparsity,
-        pattern=task.pattern,
-        block_size=task.plan.block_size,
-        dampening=_given(task.plan.dampening),
-        scores=scores,
-        fixed_mask=fixed,
-    )
-    return Pruned(result.weight, result.dampening)
+    fixed = wanda_mask(task.weight, squares, task.sparsity, task.pattern) if task.plan.ablation == "seq" else None
+    return _sparsegpt(task, lambda weights, _, where: wanda_scores(weights, squares[where]), fixed)
 
 
 def _masked(task: Task, mask: torch.Tensor) -> Pruned:
