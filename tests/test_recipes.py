@@ -377,22 +377,30 @@ def interpreter(name: str) -> Path:
     return python
 
 
-@pytest.mark.parametrize(
+def parse_with(tool: str, *recipes: Path) -> subprocess.CompletedProcess[str]:
+    """What the tool, in its own environment, makes of recipes."""
+    script = ROOT / "tests" / "environments" / f"parse_with_{tool}.py"
+    command = [interpreter(tool), script, *recipes]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+both_tools = pytest.mark.parametrize(
     "tool",
     [
         pytest.param("sparseml", marks=pytest.mark.sparseml),
         pytest.param("llmcompressor", marks=pytest.mark.llmcompressor),
     ],
 )
+
+
+@both_tools
 def test_the_tool_makes_of_our_recipes_the_modifiers_we_wrote(tool: str, tmp_path: Path) -> None:
-    python = interpreter(tool)
     for name, plan in PLANS.items():
         (tmp_path / name).mkdir()
         write(plan, tmp_path / name)
     paths = [*tmp_path.glob("*/*.yaml"), *READY_MADE]
     assert len(paths) == 2 * len(PLANS) + len(READY_MADE)
-    script = ROOT / "tests" / "environments" / f"parse_with_{tool}.py"
-    run = subprocess.run([python, script, *paths], capture_output=True, text=True, timeout=600, check=False)
+    run = parse_with(tool, *paths)
     assert run.returncode == 0, run.stderr[-2000:]
     parsed = json.loads(run.stdout)
     for path in paths:
@@ -404,17 +412,9 @@ def test_the_tool_makes_of_our_recipes_the_modifiers_we_wrote(tool: str, tmp_pat
             assert {name: made_fields[name] for name in written_fields} == written_fields
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        pytest.param("sparseml", marks=pytest.mark.sparseml),
-        pytest.param("llmcompressor", marks=pytest.mark.llmcompressor),
-    ],
-)
+@both_tools
 def test_the_tool_refuses_what_only_we_can_apply(tool: str, tmp_path: Path) -> None:
-    python = interpreter(tool)
     write(PruningPlan(0.7, "admm"), tmp_path)
-    script = ROOT / "tests" / "environments" / f"parse_with_{tool}.py"
-    run = subprocess.run([python, script, tmp_path / RECIPE], capture_output=True, text=True, timeout=600, check=False)
+    run = parse_with(tool, tmp_path / RECIPE)
     assert run.returncode != 0
     assert "OwlDeployPruningModifier" in run.stderr
