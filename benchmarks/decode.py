@@ -57,13 +57,13 @@ def main() -> None:
                 for kernels in arguments.kernels.split(",") if is_sparse(graph) else [""]:
                     key = (str(graph), threads, kernels)
                     processes[key] = start(stack, graph, threads, kernels, context)
-                    processes[key].ask(do="generate", prompt=prompt, new_tokens=WARM_UP_TOKENS)
+                    processes[key].ask(do="generate", prompts=[prompt], new_tokens=WARM_UP_TOKENS)
                     processes[key].pause()
         busy = busy_cores(1.0)
         for _ in range(arguments.rounds):
             for key, process in processes.items():
                 process.resume()
-                timed = process.ask(do="generate", prompt=prompt, new_tokens=arguments.new_tokens)
+                timed = process.ask(do="generate", prompts=[prompt], new_tokens=arguments.new_tokens)
                 process.pause()
                 samples.setdefault(key, []).append((timed["ttft_ms"], statistics.median(timed["decode_ms"])))
     rows = [row(key, values, baseline(samples, key)) for key, values in samples.items()]

@@ -45,11 +45,11 @@ folder, context, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.a
 ids = np.load(folder / "ids.npy")
 engine = DeepSparseEngine(folder / "model.onnx", threads=1, context=context, prompts=tuple(prompts[:2]))
 for prompt in prompts:
-    prefilled = engine.prefill(ids[:prompt])
-    decoded = [engine.decode(int(token))[None] for token in ids[prompt:context]]
+    prefilled = engine.prefill(ids[None, :prompt])[0]
+    decoded = [engine.decode(token[None]) for token in ids[prompt:context]]
     np.save(folder / f"logits_{prompt}.npy", np.concatenate([prefilled, *decoded]))
 try:
-    engine.decode(0)
+    engine.decode(np.zeros(1, np.int64))
 except ValueError as error:
     print(error, file=sys.stderr)
 (folder / "facts.json").write_text(json.dumps(engine.describe()))

@@ -56,18 +56,18 @@ def test_onnxruntime_computes_the_same_from_both_flavors(graphs: Path, tmp_path:
 
 def test_a_generation_is_timed_token_by_token_and_is_greedy(graphs: Path) -> None:
     with loaded(graphs / "genai" / "model.onnx") as process:
-        first = process.ask(do="generate", prompt=IDS, new_tokens=8)
-        longer = process.ask(do="generate", prompt=[*IDS, *first["tokens"][:4]], new_tokens=4)
-    assert len(first["tokens"]) == 8
+        first = process.ask(do="generate", prompts=[IDS], new_tokens=8)
+        longer = process.ask(do="generate", prompts=[[*IDS, *first["tokens"][0][:4]]], new_tokens=4)
+    assert len(first["tokens"][0]) == 8
     assert len(first["decode_ms"]) == 7
-    assert first["tokens"][4:] == longer["tokens"]
+    assert first["tokens"][0][4:] == longer["tokens"][0]
     assert first["peak_rss_bytes"] > 2**20
 
 
 def test_peak_memory_is_the_engine_s_own_not_its_parent_s(graphs: Path) -> None:
     ballast = np.ones(2**27)  # 1 GiB, more than a small graph and ONNX Runtime take
     with loaded(graphs / "genai" / "model.onnx") as process:
-        samples = process.ask(do="generate", prompt=IDS, new_tokens=2)
+        samples = process.ask(do="generate", prompts=[IDS], new_tokens=2)
     assert samples["peak_rss_bytes"] < ballast.nbytes
 
 
@@ -92,14 +92,14 @@ def test_an_engine_that_is_killed_is_reported_with_the_signal(graphs: Path) -> N
     with loaded(graphs / "genai" / "model.onnx") as process:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineFailed, match=r"SIGKILL.*generate"):
-            process.ask(do="generate", prompt=IDS, new_tokens=4)
+            process.ask(do="generate", prompts=[IDS], new_tokens=4)
 
 
 def test_an_engine_that_hangs_is_ended(graphs: Path) -> None:
     with loaded(graphs / "genai" / "model.onnx") as process:
         process.pause()
         with pytest.raises(EngineFailed, match="no answer to 'generate' in 1 s"):
-            process.ask(timeout_s=1, do="generate", prompt=IDS, new_tokens=4)
+            process.ask(timeout_s=1, do="generate", prompts=[IDS], new_tokens=4)
         assert not psutil.pid_exists(process.pid)
 
 
@@ -109,7 +109,7 @@ def test_a_paused_engine_goes_on_when_resumed(graphs: Path) -> None:
         time.sleep(0.05)
         assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
         process.resume()
-        assert len(process.ask(do="generate", prompt=IDS, new_tokens=4)["tokens"]) == 4
+        assert len(process.ask(do="generate", prompts=[IDS], new_tokens=4)["tokens"][0]) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parents are watched through prctl")

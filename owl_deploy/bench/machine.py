@@ -13,9 +13,12 @@ import psutil
 import torch
 
 from owl_deploy.bench.rows import Machine
-from owl_deploy.engines.cpu import instruction_set
+from owl_deploy.engines.cpu import instruction_set, instruction_sets
 
 MEMORY_SET_BYTES = 512 * 2**20  # past most caches
+_NUMA = Path("/sys/devices/system/node")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_CGROUP = Path("/sys/fs/cgroup")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _READS, _READ_BYTES = 7, 4 * 2**30  # passes: so many, and more of a small set
 _ROW = 4096  # fp32 numbers, times a vector that stays in the first cache
@@ -31,7 +34,28 @@ def describe_machine(threads: int) -> Machine:
         memory_bytes=psutil.virtual_memory().total,
         memory_bandwidth_gb_s=read_bandwidth_gb_s(threads),
         system=f"{platform.system()} {platform.release()}",
+        memory_bandwidth_one_thread_gb_s=read_bandwidth_gb_s(1),
+        memory_bandwidth_all_threads_gb_s=read_bandwidth_gb_s(available_cores()),
+        instruction_sets=instruction_sets(),
+        numa_nodes=len(list(_NUMA.glob("node[0-9]*"))) or None,
+        frequency_governor=_GOVERNOR.read_text().strip() if _GOVERNOR.is_file() else None,
+        container_cores=container_cores(),
+        container_memory_bytes=container_memory_bytes(),
     )
+
+
+def container_cores(cgroup: Path = _CGROUP) -> float | None:
+    """Cores' worth of time that the control group may use; None where it is not limited (or not of version 2)."""
+    path = cgroup / "cpu.max"
+    quota, _, period = path.read_text().strip().partition(" ") if path.is_file() else ("max", "", "")
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def container_memory_bytes(cgroup: Path = _CGROUP) -> int | None:
+    """Memory that the control group may use; None where it is not limited (or not of version 2)."""
+    path = cgroup / "memory.max"
+    limit = path.read_text().strip() if path.is_file() else "max"
+    return None if limit == "max" else int(limit)
 
 
 def cpu_model() -> str:

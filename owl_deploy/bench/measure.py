@@ -20,14 +20,15 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from owl_deploy.bench.end_to_end import EndToEnd
 from owl_deploy.bench.machine import available_cores, busy_cores, cpu_model, load_average
-from owl_deploy.engines.client import EngineFailed, EngineProcess
+from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
-from owl_deploy.export.bundle import GRAPH, BundleManifest, FlavorRecord
-from owl_deploy.export.names import Flavor
+from owl_deploy.export.bundle import BundleManifest, FlavorRecord
+from owl_deploy.export.names import Flavor, model_file
 from owl_deploy.export.parity import ParityRecord, compare
 from owl_deploy.files import disk_errors, write_text
 from owl_deploy.pruning.manifest import fingerprint
@@ -48,6 +49,8 @@ class Workload:
         prompt: token ids.
         windows: evaluation windows [n, length] for perplexity, or None.
         text: where these came from.
+        batch: sequences decoded side by side.
+        end_to_end: what is also timed from text to text, or None.
     """
 
     prompt: tuple[int, ...]
@@ -56,6 +59,8 @@ class Workload:
     repetitions: int
     windows: NDArray[np.int64] | None
     text: str | None
+    batch: int = 1
+    end_to_end: EndToEnd | None = None
 
     @property
     def context(self) -> int:
@@ -67,9 +72,20 @@ class Workload:
         """Lengths that are prefilled."""
         return sorted({len(self.prompt)} | ({self.windows.shape[1]} if self.windows is not None else set()))
 
+    @property
+    def batched_prompts(self) -> list[list[int]]:
+        """The prompt of each sequence, [batch, length]: no two alike where they may differ."""
+        turns = (index % len(self.prompt) for index in range(self.batch))
+        return [[*self.prompt[turn:], *self.prompt[:turn]] for turn in turns]
+
     def fingerprint(self) -> str:
-        windows = None if self.windows is None else self.windows.tolist()
-        return fingerprint([self.prompt, self.new_tokens, self.threads, windows])
+        """Equal for workloads whose timings may stand for each other."""
+        sampling = self.end_to_end.sampling if self.end_to_end else None
+        return fingerprint([self.prompt, self.new_tokens, self.threads, self.batch, repr(sampling)])
+
+    def checks_fingerprint(self) -> str:
+        """Equal for workloads whose perplexity and parity may stand for each other."""
+        return fingerprint([self.threads, None if self.windows is None else self.windows.tolist()])
 
 
 @dataclass(frozen=True)
@@ -87,18 +103,18 @@ class Configuration:
 
     @property
     def graph(self) -> Path:
-        return self.bundle / self.flavor / GRAPH
+        return self.bundle / self.flavor / model_file(self.flavor)
 
     @property
     def record(self) -> FlavorRecord:
         return self.manifest.flavors[self.flavor]
 
-    def key(self, workload: Workload) -> str:
-        """Equal for measurements that may stand for each other: same graph, engine, workload and machine."""
+    def key(self, *more: str) -> str:
+        """Equal for measurements that may stand for each other: same graph, engine and machine, and `more`."""
         files = [file.sha256 for file in self.record.files]
         environment = self.spec.environment.requirements if self.spec.environment else self.manifest.versions
         machine = [cpu_model(), available_cores()]
-        return fingerprint([self.spec.name, environment, self.flavor, files, workload.fingerprint(), machine])
+        return fingerprint([self.spec.name, environment, self.flavor, files, machine, *more])
 
 
 class Log:
@@ -134,16 +150,22 @@ class Bench:
         log: Log,
         *,
         max_load: float,
+        timeout_s: float = REQUEST_TIMEOUT_S,
         reporter: Reporter,
     ) -> None:
-        """`max_load` is how many cores other processes may keep busy before measuring is refused."""
+        """
+        Args:
+            max_load: how many cores other processes may keep busy before measuring is refused.
+            timeout_s: how long an engine may take to answer before it counts as hung.
+        """
         self.configurations = configurations
         self._workload = workload
         self._log = log
         self._max_load = max_load
+        self._timeout_s = timeout_s
         self._reporter = reporter
         self._errors: dict[str, str] = {}
-        self._idle: dict[str, EngineProcess] = {}
+        self._idle: dict[tuple[str, int], EngineProcess] = {}  # by configuration and batch
         self._load_before = self._other_load = 0.0
         self._has_timed = False
         self._budget_bytes = int(_MEMORY_SHARE * psutil.virtual_memory().available)
@@ -165,7 +187,7 @@ class Bench:
 
     def setup(self, configuration: Configuration) -> dict[str, Any] | None:
         """Facts, perplexity and parity of a configuration; None if it failed."""
-        entries = self._log.of(configuration.key(self._workload), "setup")
+        entries = self._log.of(configuration.key(self._workload.checks_fingerprint()), "setup")
         return entries[-1] if entries else None
 
     def error(self, configuration: Configuration) -> str | None:
@@ -175,7 +197,7 @@ class Bench:
     def rounds(self, configuration: Configuration) -> dict[str, dict[str, Any]]:
         """The samples of each round the configuration was in, by the round's name."""
         wanted = {name for group in self._groups() for name in self._round_names(group)}
-        entries = self._log.of(configuration.key(self._workload), "round")
+        entries = self._log.of(configuration.key(self._workload.fingerprint()), "round")
         return {entry["round"]: entry for entry in entries if entry["round"] in wanted}
 
     def _groups(self) -> list[list[Configuration]]:
@@ -229,15 +251,15 @@ class Bench:
     def _check(self, configuration: Configuration) -> None:
         """See that the engine computes what ONNX Runtime computes, and at what perplexity."""
         workload = self._workload
-        with self._failures_of(configuration), self._loaded(configuration) as process:
+        with self._failures_of(configuration), self._loaded(configuration, batch=1) as process:
             parity = self._parity(configuration, process)
             perplexity = None
             if workload.windows is not None:
-                losses = [process.ask(do="loss", ids=window.tolist()) for window in workload.windows]
+                losses = [self._ask(process, do="loss", ids=window.tolist()) for window in workload.windows]
                 perplexity = perplexity_of(losses)
             self._log.append(
                 kind="setup",
-                key=configuration.key(workload),
+                key=configuration.key(workload.checks_fingerprint()),
                 name=configuration.name,
                 facts=process.facts,
                 perplexity=perplexity,
@@ -251,23 +273,38 @@ class Bench:
             CheckFailed: the logits differ; what the engine is fast at is then not this model.
         """
         if configuration.spec.checked_at_export:
+            assert configuration.record.parity is not None  # a graph of ours
             return configuration.record.parity
         reference = self._reference(configuration)
         # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
         ids = [*self._workload.prompt, *self._workload.prompt[:DECODED_TOKENS]]
         with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
             paths = [str(Path(folder) / name) for name in ("reference.npz", "engine.npz")]
-            process.ask(do="logits", ids=ids, out=paths[1])
-            with self._loaded(reference) as reference_process:
-                reference_process.ask(do="logits", ids=ids, out=paths[0])
+            self._ask(process, do="logits", ids=ids, out=paths[1])
+            with self._loaded(reference, batch=1) as reference_process:
+                self._ask(reference_process, do="logits", ids=ids, out=paths[0])
             expected, actual = (np.load(path) for path in paths)
             both = np.concatenate([expected["at_once"], expected["decoded"]])
-            return compare(both, actual["at_once"], actual["decoded"], what=configuration.name, reference="onnxruntime")
+            return compare(
+                *(both, actual["at_once"], actual["decoded"]),
+                what=configuration.name,
+                reference="onnxruntime",
+                precision=configuration.spec.precision,
+            )
 
     def _reference(self, configuration: Configuration) -> Configuration:
-        """ONNX Runtime on the same bundle, whose graphs all hold the same audited weights."""
+        """ONNX Runtime on the same bundle, whose graphs all hold the same audited weights.
+
+        Raises:
+            UserError: the bundle has no graph for it.
+        """
         spec, manifest = engine_spec("onnxruntime"), configuration.manifest
-        flavor = next(flavor for flavor in spec.flavors if flavor in manifest.flavors)
+        flavor = next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)
+        if flavor is None:
+            raise UserError(
+                f"{configuration.bundle}: lacks the graph that {configuration.spec.name} is compared with; add it with "
+                f"owl-deploy export --flavor {spec.flavors[0]}"
+            )
         return Configuration(spec, configuration.bundle, manifest, flavor)
 
     def _wait_for_quiet(self) -> None:
@@ -290,32 +327,56 @@ class Bench:
         if configuration.name in self._errors:
             return
         workload = self._workload
-        with self._failures_of(configuration), self._loaded(configuration) as process:
-            samples = process.ask(do="generate", prompt=workload.prompt, new_tokens=workload.new_tokens)
+        with self._failures_of(configuration), self._loaded(configuration, batch=workload.batch) as process:
+            prompts, new_tokens = workload.batched_prompts, workload.new_tokens
+            samples = self._ask(process, do="generate", prompts=prompts, new_tokens=new_tokens)
             self._has_timed = True
+            end_to_end_ms = None
+            if workload.end_to_end is not None:
+                end_to_end_ms = workload.end_to_end.run(partial(self._ask, process), new_tokens)
+            process.measure_memory()
             self._log.append(
                 kind="round",
-                key=configuration.key(workload),
+                key=configuration.key(workload.fingerprint()),
                 name=configuration.name,
                 round=round_name,
                 load_ms=process.load_ms,
                 load_average=[self._load_before, load_average()],
                 other_load_cores=self._other_load,
+                rss_bytes=process.memory_bytes,
+                process=process.pid,
+                end_to_end_ms=end_to_end_ms,
                 **samples,
             )
 
+    def _ask(self, process: EngineProcess, **request: Any) -> Any:
+        return process.ask(timeout_s=self._timeout_s, **request)
+
     @contextlib.contextmanager
-    def _loaded(self, configuration: Configuration) -> Iterator[EngineProcess]:
-        """The configuration's process, loaded and warm; afterwards paused, or ended if memory is short."""
+    def _loaded(self, configuration: Configuration, *, batch: int) -> Iterator[EngineProcess]:
+        """The configuration's process, loaded and warm; afterwards paused, or ended if memory is short.
+
+        Raises:
+            UserError: the engine does not run such a batch.
+        """
         workload = self._workload
-        process = self._idle.pop(configuration.name, None)
+        if batch > 1 and not configuration.spec.runs_batches:
+            raise UserError(f"{configuration.spec.name} decodes one sequence at a time here, and the batch is {batch}")
+        key = (configuration.name, batch)
+        process = self._idle.pop(key, None)
         try:
             if process is None:
                 process = EngineProcess(configuration.spec, workload.threads)
                 process.load(
-                    configuration.graph, threads=workload.threads, context=workload.context, prompts=workload.prompts
+                    configuration.graph,
+                    threads=workload.threads,
+                    context=workload.context,
+                    prompts=workload.prompts,
+                    batch=batch,
+                    timeout_s=self._timeout_s,
                 )
-                process.ask(do="generate", prompt=workload.prompt, new_tokens=_WARM_UP_TOKENS)
+                prompts = workload.batched_prompts if batch > 1 else [workload.prompt]
+                self._ask(process, do="generate", prompts=prompts, new_tokens=_WARM_UP_TOKENS)
             else:
                 process.resume()
             yield process
@@ -328,9 +389,9 @@ class Bench:
             process.close()
         else:
             process.pause()
-            self._idle[configuration.name] = process
+            self._idle[key] = process
 
     def _unload(self, bundle: Path) -> None:
         """End the processes of a bundle whose rounds are over."""
-        for name in [name for name in self._idle if name.endswith(f" {bundle}")]:
-            self._idle.pop(name).close()
+        for key in [key for key in self._idle if key[0].endswith(f" {bundle}")]:
+            self._idle.pop(key).close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from owl_deploy.bench.measure import Bench, Configuration, Workload
-from owl_deploy.bench.rows import Machine, Row, Samples, Spread
-from owl_deploy.export.names import weights_of
+from owl_deploy.bench.rows import Continuation, Machine, Row, Samples, Spread
+from owl_deploy.export.names import precision_of
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.report.paper import paper_speedup
 
+_REFERENCE = "onnxruntime"  # whose greedy tokens others are compared with
+_RESAMPLES = 2000
 _UNSTEADY = 1.5  # a round's median over the fastest round's: past this, the cores were shared
 
 Rounds = dict[str, dict[str, Any]]
@@ -33,11 +36,17 @@ def make_rows(bench: Bench, workload: Workload, machine: Machine) -> list[Row]:
             dense.setdefault(row.engine, samples)
             fp32 += [samples] if row.weights == "fp32" else []
     fastest = min(fp32, key=_decode_ms, default={})
+    fastest_of_any = min(dense.values(), key=_decode_ms, default={})
+    exact = {row.bundle: samples for row, samples in zip(rows, rounds, strict=True) if row.engine == _REFERENCE}
     for row, samples in zip(rows, rounds, strict=True):
         row.speedup_same_engine_spread = same = _speedup(dense.get(row.engine, {}), samples)
         row.speedup_fastest_dense_spread = over_fastest = _speedup(fastest, samples)
+        row.speedup_any_precision_spread = over_any = _speedup(fastest_of_any, samples)
         row.speedup_same_engine = same.median if same else None
         row.speedup_fastest_dense = over_fastest.median if over_fastest else None
+        row.speedup_any_precision = over_any.median if over_any else None
+        if row.weights == "fp32":
+            row.continuation = _continuation(exact.get(row.bundle, {}), samples)
     return rows
 
 
@@ -61,8 +70,9 @@ def _row(
         bundle=str(item.bundle),
         engine=item.spec.name,
         flavor=item.flavor,
-        weights=weights_of(item.flavor) or "fp32",
+        weights=precision_of(item.flavor),
         threads=workload.threads,
+        batch=workload.batch,
         prompt_tokens=len(workload.prompt),
         new_tokens=workload.new_tokens,
         repetitions=len(rounds),
@@ -78,19 +88,30 @@ def _row(
     decode = np.concatenate([entry["decode_ms"] for entry in rounds.values()])
     p50, p90, p99 = (float(value) for value in np.percentile(decode, (50, 90, 99)))
     medians = [statistics.median(entry["decode_ms"]) for entry in rounds.values()]
+    ttft_ms = statistics.median(entry["ttft_ms"] for entry in rounds.values())
+    end_to_end = [entry["end_to_end_ms"] for entry in rounds.values() if entry["end_to_end_ms"] is not None]
+    end_to_end_ms = statistics.median(end_to_end) if end_to_end else None
+    joules = [entry["decode_joules"] for entry in rounds.values() if entry["decode_joules"] is not None]
+    new_tokens = workload.batch * len(decode)
     return row.model_copy(
         update={
             "perplexity": setup.get("perplexity"),
             "perplexity_text": workload.text if workload.windows is not None else None,
             "perplexity_windows": None if workload.windows is None else len(workload.windows),
             "parity": ParityRecord.model_validate(setup["parity"]),
-            "ttft_ms_p50": statistics.median(entry["ttft_ms"] for entry in rounds.values()),
+            "ttft_ms_p50": ttft_ms,
+            "prefill_tokens_per_s": 1e3 * workload.batch * len(workload.prompt) / ttft_ms,
             "decode_ms_p50": p50,
             "decode_ms_p90": p90,
             "decode_ms_p99": p99,
-            "decode_tokens_per_s": 1e3 * len(decode) / float(decode.sum()),
+            "decode_tokens_per_s": 1e3 * new_tokens / float(decode.sum()),
+            "decode_joules_per_token": sum(joules) / new_tokens if len(joules) == len(rounds) else None,
+            "end_to_end_ms_p50": end_to_end_ms,
+            "end_to_end_tokens_per_s": 1e3 * workload.new_tokens / end_to_end_ms if end_to_end_ms else None,
             "load_ms": statistics.median(entry["load_ms"] for entry in rounds.values()),
             "peak_rss_bytes": max(entry["peak_rss_bytes"] for entry in rounds.values()),
+            "rss_growth_bytes": _growth(list(rounds.values())),
+            "repeatable": all(entry["tokens"] == next(iter(rounds.values()))["tokens"] for entry in rounds.values()),
             "load_average": _load_average(list(rounds.values())),
             "other_load_cores": max(entry["other_load_cores"] for entry in rounds.values()),
             "unsteady": max(medians) > _UNSTEADY * min(medians),
@@ -114,7 +135,41 @@ def _speedup(dense: Rounds, rounds: Rounds) -> Spread | None:
     ]
     if not ratios:
         return None
-    return Spread(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
+    confidence_low, confidence_high = _confidence(ratios)
+    return Spread(
+        median=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        confidence_low=confidence_low,
+        confidence_high=confidence_high,
+    )
+
+
+def _confidence(ratios: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 95% interval of the median by percentile bootstrap: the same rounds, the same interval."""
+    if len(ratios) < 2:
+        return None, None
+    drawn = np.random.default_rng(0).choice(np.array(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _continuation(reference: Rounds, rounds: Rounds) -> Continuation | None:
+    """The first sequence of each one's first round; None where one has none."""
+    if not reference or not rounds:
+        return None
+    expected, found = (next(iter(samples.values()))["tokens"][0] for samples in (reference, rounds))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=True))
+    return Continuation(reference=_REFERENCE, matching=sum(1 for _ in same), tokens=len(expected))
+
+
+def _growth(rounds: Sequence[dict[str, Any]]) -> int | None:
+    """By which the resident memory of a process grew in its rounds, at worst; None where each met a new one."""
+    by_process: dict[int, list[int]] = {}
+    for entry in rounds:
+        by_process.setdefault(entry["process"], []).append(entry["rss_bytes"])
+    growths = [sizes[-1] - sizes[0] for sizes in by_process.values() if len(sizes) > 1]
+    return max(growths, default=None)
 
 
 def _load_average(rounds: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +15,20 @@ from owl_deploy.export.bundle import DENSE_BELOW
 from owl_deploy.export.parity import ParityRecord
 from owl_deploy.pruning.manifest import Record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no batches, confidence intervals, continuations, energy or end-to-end times
 RESULTS = "results.jsonl"
+WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
 
 
 class Machine(Record):
     """Where a row was measured.
 
     Attributes:
-        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second.
+        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second; beside it with one
+            thread, and with one on every core.
+        instruction_sets: what the CPU has of those that matter here, the widest first.
+        frequency_governor: of the first core; null where the system does not tell.
+        container_cores, container_memory_bytes: what its control group allows; null for all there is.
     """
 
     cpu: str
@@ -31,14 +37,45 @@ class Machine(Record):
     memory_bytes: int
     memory_bandwidth_gb_s: float
     system: str
+    memory_bandwidth_one_thread_gb_s: float | None = None
+    memory_bandwidth_all_threads_gb_s: float | None = None
+    instruction_sets: list[str] = Field(default_factory=list)
+    numa_nodes: int | None = None
+    frequency_governor: str | None = None
+    container_cores: float | None = None
+    container_memory_bytes: int | None = None
 
 
 class Spread(Record):
-    """A ratio: the median over rounds, with the smallest and largest round."""
+    """A ratio: the median over rounds, with the smallest and largest round.
+
+    Attributes:
+        confidence_low, confidence_high: where the median lies at 95%, by bootstrap over rounds; null for one round.
+    """
 
     median: float
     low: float
     high: float
+    confidence_low: float | None = None
+    confidence_high: float | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the interval is too wide to compare engines by."""
+        low, high = self.confidence_low, self.confidence_high
+        return low is not None and high is not None and high - low > WIDE * self.median
+
+
+class Continuation(Record):
+    """The greedy tokens after the prompt, beside those of another engine on the same weights.
+
+    Attributes:
+        matching: how many of the first tokens are the same, of `tokens`.
+    """
+
+    reference: str
+    matching: int
+    tokens: int
 
 
 class Samples(Record):
@@ -61,17 +98,26 @@ class Row(Record):
         sparsity_achieved: zeros among the block linears' weights, as audited in the graph.
         perplexity: in this engine, on the file that was timed; null without a tokenizer or text.
         ttft_ms_p50: from the prompt's ids to the first new token's id, median of rounds.
-        decode_ms_p50, decode_ms_p90, decode_ms_p99: per new token after the first, over all rounds.
+        prefill_tokens_per_s: prompt tokens over that, of all sequences.
+        decode_ms_p50, decode_ms_p90, decode_ms_p99: per decoding step after the first token (TPOT), over all rounds.
+        decode_tokens_per_s: new tokens of all sequences.
         speedup_same_engine: decode p50 of the same engine's dense row over this row's, within each round.
         speedup_fastest_dense: the same against the engine whose dense fp32 row is fastest.
+        speedup_any_precision: the same against the fastest dense row in any precision, int4 too.
+        end_to_end_ms_p50: from the prompt's text to the end of the new text, tokenised and sampled, median of rounds.
+        end_to_end_tokens_per_s: new tokens over that.
+        decode_joules_per_token: of the CPU's packages, whatever else they did; null where it cannot be read.
         paper_speedup: the paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y).
         peak_rss_bytes: of the engine's own process, load included.
+        rss_growth_bytes: resident memory of one process after its last round less that after its first.
         file_bytes: the graph and its weights.
         parity: of the engine's logits, ONNX Runtime's with torch's, any other's with ONNX Runtime's.
         repetitions: rounds it was timed in: a dense row, which each level is compared with, in those of every level.
         load_average: 1-minute load before the first and after the last round.
         other_load_cores: cores kept busy by other processes while the engines were idle, at worst of all rounds.
         unsteady: some round's median was over 1.5 times that of the fastest round.
+        repeatable: every round generated the same tokens.
+        continuation: its greedy tokens beside ONNX Runtime's on the same weights; null for rounded weights.
         engine_facts: what the engine says of itself: version, instruction set, supported operators …
         samples_ms: every sample.
     """
@@ -88,6 +134,7 @@ class Row(Record):
     flavor: str
     weights: str = "fp32"
     threads: int
+    batch: int = 1
     prompt_tokens: int
     new_tokens: int
     repetitions: int
@@ -97,6 +144,7 @@ class Row(Record):
     perplexity_text: str | None = None
     perplexity_windows: int | None = None
     ttft_ms_p50: float | None = None
+    prefill_tokens_per_s: float | None = None
     decode_ms_p50: float | None = None
     decode_ms_p90: float | None = None
     decode_ms_p99: float | None = None
@@ -105,14 +153,22 @@ class Row(Record):
     speedup_same_engine_spread: Spread | None = None
     speedup_fastest_dense: float | None = None
     speedup_fastest_dense_spread: Spread | None = None
+    speedup_any_precision: float | None = None
+    speedup_any_precision_spread: Spread | None = None
     paper_speedup: float | None = None
+    end_to_end_ms_p50: float | None = None
+    end_to_end_tokens_per_s: float | None = None
+    decode_joules_per_token: float | None = None
     load_ms: float | None = None
     peak_rss_bytes: int | None = None
+    rss_growth_bytes: int | None = None
     file_bytes: int
     load_average: tuple[float, float] | None = None
     other_load_cores: float | None = None
     unsteady: bool = False
+    repeatable: bool = True
     parity: ParityRecord | None = None
+    continuation: Continuation | None = None
     engine_facts: dict[str, object] = Field(default_factory=dict)
     machine: Machine
     samples_ms: Samples = Field(default_factory=Samples)
@@ -121,6 +177,18 @@ class Row(Record):
     def is_dense(self) -> bool:
         """No sparsity was asked of the model, and it has none to speak of."""
         return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for rows of which the later one takes the earlier one's place: same measurement, same machine."""
+        workload = (self.threads, self.batch, self.prompt_tokens, self.new_tokens)
+        return (self.engine, self.bundle, self.flavor, *workload, self.machine.cpu, self.machine.cores)
+
+
+def merged(results: Iterable[Iterable[Row]]) -> list[Row]:
+    """The rows of several results in their order, each identity once: as in the last result that has it."""
+    rows = {row.identity: row for result in results for row in result}
+    return list(rows.values())
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from owl_deploy.bench.end_to_end import EndToEnd
 from owl_deploy.bench.machine import available_cores, describe_machine
 from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
 from owl_deploy.bench.results import make_rows
-from owl_deploy.bench.rows import Row
+from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows
 from owl_deploy.checkpoints.load import load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.engines.client import REQUEST_TIMEOUT_S
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
 from owl_deploy.export.bundle import BundleManifest, check_files, read_bundle
 from owl_deploy.export.names import Flavor, weights_of
-from owl_deploy.files import locked
+from owl_deploy.files import disk_errors, locked
 from owl_deploy.report.write import write_report
 from owl_deploy.reporting import Reporter
 from owl_deploy.text.windows import TokenWindows, check_windows, evaluation_windows
@@ -35,12 +38,18 @@ class Request:
     """What to time, and on which text.
 
     Attributes:
+        prompts: prompt lengths; each is a workload of its own, with every batch.
+        batches: how many sequences to decode side by side.
         text: a text as `evaluate` takes it; None for random token ids and no perplexity.
         seqlen: tokens of an evaluation window; None for as many as the prompt has.
         max_load: cores that other processes may keep busy.
+        timeout_s: how long an engine may take to answer before it counts as hung.
+        end_to_end: also time from text to text.
+        dense_only: engines that are measured on dense bundles alone.
     """
 
-    prompt: int
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
     new_tokens: int
     repetitions: int
     threads: int
@@ -48,6 +57,9 @@ class Request:
     seqlen: int | None
     windows: int
     max_load: float
+    timeout_s: float = REQUEST_TIMEOUT_S
+    end_to_end: bool = False
+    dense_only: tuple[EngineSpec, ...] = ()
 
 
 def bench_bundles(
@@ -55,7 +67,8 @@ def bench_bundles(
 ) -> tuple[list[Row], Path]:
     """Measure every engine on every bundle; the rows, and the path of the report.
 
-    What `out` already holds of the same measurements is not made again.
+    What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
+    workloads stay in the report.
 
     Raises:
         UserError: a bundle is not one, they are of different vocabularies, or the machine is busy.
@@ -64,19 +77,35 @@ def bench_bundles(
     _check_bundles(manifests)
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
-    configurations = _configurations(manifests, engines)
-    workload = _workload(manifests, configurations[0].flavor, request)
+    configurations = _configurations(manifests, engines, request.dense_only)
+    workloads = _workloads(manifests, configurations[0].flavor, request)
     with locked(out):
-        out.mkdir(parents=True, exist_ok=True)
-        bench = Bench(configurations, workload, Log(out / MEASUREMENTS), max_load=request.max_load, reporter=reporter)
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        known = read_rows(out / RESULTS) if (out / RESULTS).is_file() else []
+        machine = describe_machine(request.threads)
         torch.set_num_threads(1)  # this process only waits from here on
-        bench.run()
-        rows = make_rows(bench, workload, describe_machine(request.threads))
-        report = write_report(rows, out, command=" ".join(["owl-deploy", *sys.argv[1:]]))
+        log = Log(out / MEASUREMENTS)
+        rows = []
+        for workload in workloads:
+            able = [item for item in configurations if workload.batch == 1 or item.spec.runs_batches]
+            for item in configurations:
+                if item not in able:
+                    reporter.warn(
+                        f"{item.spec.name} decodes one sequence at a time: no rows with batch {workload.batch}"
+                    )
+            bench = Bench(
+                able, workload, log, max_load=request.max_load, timeout_s=request.timeout_s, reporter=reporter
+            )
+            bench.run()
+            rows += make_rows(bench, workload, machine)
+            report = write_report(merged([known, rows]), out, command=" ".join(["owl-deploy", *sys.argv[1:]]))
     return rows, report
 
 
-def _configurations(manifests: dict[Path, BundleManifest], engines: Sequence[EngineSpec]) -> list[Configuration]:
+def _configurations(
+    manifests: dict[Path, BundleManifest], engines: Sequence[EngineSpec], dense_only: Sequence[EngineSpec]
+) -> list[Configuration]:
     """Every engine on every bundle that holds a flavor it runs.
 
     Raises:
@@ -86,6 +115,7 @@ def _configurations(manifests: dict[Path, BundleManifest], engines: Sequence[Eng
         Configuration(spec, bundle, manifest, flavor)
         for spec in engines
         for bundle, manifest in manifests.items()
+        if manifest.is_dense or spec not in dense_only
         for flavor in [next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)]
         if flavor is not None
     ]
@@ -116,40 +146,56 @@ def _check_bundles(manifests: dict[Path, BundleManifest]) -> None:
         raise UserError("the bundles have different vocabularies; measure one model at a time")
 
 
-def _workload(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Request) -> Workload:
+def _workloads(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Request) -> list[Workload]:
+    """One for every prompt length and batch; text, windows and tokenizer are the first bundle's."""
     bundle, manifest = next(iter(manifests.items()))
-    context = manifest.context
-    if context is not None and request.prompt + max(request.new_tokens, DECODED_TOKENS) > context:
+    context, longest = manifest.context, max(request.prompts)
+    if context is not None and longest + max(request.new_tokens, DECODED_TOKENS) > context:
         raise UserError(
-            f"--prompt {request.prompt} and --new-tokens {request.new_tokens} (at least {DECODED_TOKENS}) exceed the "
+            f"--prompt {longest} and --new-tokens {request.new_tokens} (at least {DECODED_TOKENS}) exceed the "
             f"model's context of {context}"
         )
-    windows = _windows(bundle, manifest, flavor, request)
-    if windows is None:
-        prompt = random_prompt(manifest.vocabulary, request.prompt)
-    else:
-        tokens = windows.ids.flatten()
-        if len(tokens) < request.prompt:
-            raise UserError(f"{windows.source}: {len(tokens)} tokens are less than --prompt {request.prompt}")
-        prompt = tokens[: request.prompt].tolist()
-    return Workload(
-        prompt=tuple(prompt),
-        new_tokens=request.new_tokens,
-        threads=request.threads,
-        repetitions=request.repetitions,
-        windows=None if windows is None else windows.ids[: request.windows],
-        text=request.text,
-    )
-
-
-def _windows(bundle: Path, manifest: BundleManifest, flavor: Flavor, request: Request) -> TokenWindows | None:
-    if request.text is None or (not manifest.has_tokenizer and not request.text.endswith(".npy")):
-        return None
     directory = bundle / flavor
     tokenizer = load_tokenizer(ModelSource(str(directory), directory)) if manifest.has_tokenizer else None
-    # A file of ids has windows of its own length; from text they are as long as the prompt, so that engines with
-    # static shapes compile once for both.
-    seqlen = request.seqlen or (None if request.text.endswith(".npy") else max(request.prompt, 2))
+    windows = _windows(manifest, tokenizer, request)
+    if windows is None:
+        tokens = random_prompt(manifest.vocabulary, longest)
+    else:
+        tokens = windows.ids.flatten()[:longest].tolist()
+        if len(tokens) < longest:
+            raise UserError(f"{windows.source}: {len(tokens)} tokens are less than --prompt {longest}")
+    if request.end_to_end and tokenizer is None:
+        raise UserError(f"{bundle}: --end-to-end is from text to text, and the model has no tokenizer")
+
+    def end_to_end(prompt: list[int], batch: int) -> EndToEnd | None:
+        if not request.end_to_end or tokenizer is None or batch > 1:
+            return None
+        return EndToEnd(tokenizer.decode(prompt), len(prompt), tokenizer)
+
+    return [
+        Workload(
+            prompt=tuple(tokens[:length]),
+            new_tokens=request.new_tokens,
+            threads=request.threads,
+            repetitions=request.repetitions,
+            windows=None if windows is None else windows.ids[: request.windows],
+            text=request.text,
+            batch=batch,
+            end_to_end=end_to_end(tokens[:length], batch),
+        )
+        for length in request.prompts
+        for batch in request.batches
+    ]
+
+
+def _windows(
+    manifest: BundleManifest, tokenizer: PreTrainedTokenizerBase | None, request: Request
+) -> TokenWindows | None:
+    if request.text is None or (tokenizer is None and not request.text.endswith(".npy")):
+        return None
+    # A file of ids has windows of its own length; from text they are as long as the longest prompt, so that engines
+    # with static shapes compile once for both.
+    seqlen = request.seqlen or (None if request.text.endswith(".npy") else max(*request.prompts, 2))
     windows = evaluation_windows(request.text, tokenizer, seqlen=seqlen)
     check_windows(windows, vocabulary=manifest.vocabulary, context=manifest.context)
     return windows

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from owl_deploy.bench.executors import run_here, run_on_ray
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.engines.registry import EngineSpec
+from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import UnsupportedFamily
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.plan import PruningPlan
@@ -48,11 +48,14 @@ def make_levels(
     plan: Mapping[str, Any],
     calibration: Calibration,
     engines: Sequence[EngineSpec],
+    dense_engines: Sequence[EngineSpec] = (),
     *,
     executor: Executor = Executor(),  # frozen
     reporter: Reporter,
 ) -> list[Path]:
     """Prune and export `source` at every sparsity, for these engines, reusing what is there; the bundles' directories.
+
+    The dense level is exported for `dense_engines` too.
 
     All levels are pruned from the dense level's checkpoint, so a GGUF file is converted once, and share the dense
     model's input statistics.
@@ -65,7 +68,10 @@ def make_levels(
     """
     plans = [PruningPlan(sparsity, **plan) for sparsity in sparsities]  # mistakes are told before the work
     prune_checkpoint(source, out / "0" / "checkpoint", PruningPlan(0.0), calibration, reporter=reporter)
-    levels = [Level(source, out.absolute(), plan, calibration, tuple(engines)) for plan in plans]
+    levels = [
+        Level(source, out.absolute(), plan, calibration, (*engines, *(() if plan.sparsity else dense_engines)))
+        for plan in plans
+    ]
     run = run_here
     if executor.kind == "ray":
         run = partial(run_on_ray, address=executor.address, threads=executor.threads)
@@ -92,6 +98,9 @@ def make_level(level: Level, reporter: Reporter) -> None:
 def _export(checkpoint: Path, bundle: Path, engines: Sequence[EngineSpec], reporter: Reporter) -> None:
     """The flavor that each engine runs best; the next best ones where a family has no graph of that flavor."""
     best = list(dict.fromkeys(engine.flavors[0] for engine in engines))
+    reference = engine_spec("onnxruntime").flavors  # what other engines' logits are compared with
+    if not all(engine.checked_at_export for engine in engines) and not set(best) & set(reference):
+        best.append(reference[0])
     others = list(dict.fromkeys(flavor for engine in engines for flavor in engine.flavors[1:]))
     try:
         made = set(export_checkpoint(checkpoint, bundle, best, reporter=reporter).flavors)

@@ -23,11 +23,15 @@ def bench(
     ] = None,
     sparsities: Annotated[str, typer.Option(help="Of a sweep: FIRST:LAST:STEP, or a list.")] = "0:0.9:0.1",
     engines: Annotated[str, typer.Option(help="Comma-separated; see `owl-deploy engines list`.")] = "onnxruntime",
+    dense_engines: Annotated[
+        Optional[str], typer.Option(help="Engines to measure on the dense model only: for example onnxruntime-int4.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for results and report.")] = Path(
         "owl-bench"
     ),
     threads: options.Threads = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 512,
+    prompt: Annotated[str, typer.Option(help="Prompt tokens, or a list: 1,512,2048. Each is a workload.")] = "512",
+    batch: Annotated[str, typer.Option(help="Sequences decoded side by side, or a list: 1,4,16.")] = "1",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every engine and level is timed in each.")] = 5,
     text: Annotated[
@@ -41,6 +45,14 @@ def bench(
     max_load: Annotated[
         float, typer.Option(min=0, help="Cores that other processes may keep busy; above, bench refuses to start.")
     ] = 1.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until an engine that does not answer is ended.")] = 600,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Also time from text to text: tokenised, prefilled, sampled.")
+    ] = False,
+    fail_if: Annotated[
+        Optional[list[str]],
+        typer.Option(help="""Exit 1 if this holds, for CI: 'speedup["sparse-int8"]@0.7 < 2.0'. May be repeated."""),
+    ] = None,
     method: options.Method = None,
     allocation: Annotated[
         Optional[str], typer.Option(help="How many of each block: see `prune`. Default: owl; with admm, linear.")
@@ -65,7 +77,8 @@ def bench(
     Rounds are interleaved, and speed-ups are ratios within a round; every sample is kept in results.jsonl. Each engine
     must first compute the logits ONNX Runtime computes from the same weights. With --json, one JSON object a row.
 
-    Exit code 1 if no engine could run at all; one that fails is a row that says so.
+    Exit code 1 if no engine could run at all, or if a condition of --fail-if holds; one engine that fails is a row
+    that says so. Results that --output already holds stay in its report: engines, levels and workloads can be added.
 
     Examples:
 
@@ -73,7 +86,12 @@ def bench(
 
         owl-deploy bench --sweep demo --sparsities 0,0.5,0.7 --calibration demo --samples 32
             --calibration-seqlen 512 -o results
+
+        owl-deploy bench bundle --engines sparse --prompt 1,512,2048 --batch 1,4 --end-to-end
+
+        owl-deploy bench dense sparse --engines sparse-int8 --fail-if 'speedup["sparse-int8"]@0.7 < 2.0'
     """
+    from owl_deploy.bench.fail_if import parse_condition
     from owl_deploy.bench.machine import available_cores
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
     from owl_deploy.bench.sweep import Executor, make_levels
@@ -89,6 +107,8 @@ def bench(
         raise UserError("give either bundles to measure, or a model with --sweep")
     reporter = Reporter(quiet=quiet)
     specs = installed_engines(engines)
+    only_dense = [spec for spec in installed_engines(dense_engines) if spec not in specs] if dense_engines else []
+    conditions = [parse_condition(text) for text in fail_if or ()]
     options.use_threads(threads)
     paths = list(bundles or ())
     if sweep is not None:
@@ -98,10 +118,11 @@ def bench(
         levels = parse_sparsities(sparsities)
         where = Executor("ray" if executor == "ray" else "here", ray_address, threads or 1)
         paths = make_levels(
-            resolve_model(sweep), output, levels, given, wanted, specs, executor=where, reporter=reporter
+            resolve_model(sweep), output, levels, given, wanted, specs, only_dense, executor=where, reporter=reporter
         )
     request = Request(
-        prompt=prompt,
+        prompts=options.integers(prompt, "--prompt"),
+        batches=options.integers(batch, "--batch"),
         new_tokens=new_tokens,
         repetitions=repetitions,
         threads=threads or available_cores(),
@@ -109,13 +130,19 @@ def bench(
         seqlen=seqlen,
         windows=windows,
         max_load=max_load,
+        timeout_s=timeout,
+        end_to_end=end_to_end,
+        dense_only=tuple(only_dense),
     )
-    rows, report = bench_bundles(paths, specs, request, output, reporter=reporter)
+    rows, report = bench_bundles(paths, [*specs, *only_dense], request, output, reporter=reporter)
     if json:
         for row in rows:
             typer.echo(row.model_dump_json())
     elif not quiet:
         Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(terminal_table(rows))
         typer.echo(str(report))
-    if all(row.status == "failed" for row in rows):
+    failures = [condition.text for condition in conditions if condition.holds(rows)]
+    for text in failures:
+        typer.echo(f"--fail-if: {text}", err=True)
+    if failures or all(row.status == "failed" for row in rows):
         raise typer.Exit(1)

@@ -15,7 +15,10 @@ from owl_deploy.reporting import Reporter
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, as `prune` writes it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the bundle.")],
-    flavor: Annotated[str, typer.Option(help="standard, genai, sparse or all.")] = "all",
+    flavor: Annotated[
+        str,
+        typer.Option(help="standard, genai, sparse, all (of these), or what another engine runs: torch, gguf-q8_0, …"),
+    ] = "all",
     weights: Annotated[
         str, typer.Option(help="Of the sparse flavor: packed32, packed16, int8, or a list of them.")
     ] = "packed32",
@@ -43,7 +46,7 @@ def export(
 
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
     """
-    from owl_deploy.export.names import HEADS, WEIGHTS, Flavor, sparse_flavor
+    from owl_deploy.export.names import HEADS, PEER_FLAVORS, WEIGHTS, Flavor, sparse_flavor
     from owl_deploy.export.run import export_checkpoint
 
     formats = [name.strip() for name in weights.split(",")]
@@ -51,9 +54,10 @@ def export(
         raise UserError(f"--weights {weights}: choose from {', '.join(WEIGHTS)}")
     if head not in (None, *HEADS):
         raise UserError(f"--head {head}: choose one of {', '.join(HEADS)}")
-    packed = [sparse_flavor(name) for name in WEIGHTS if name in formats]
+    packed: list[Flavor] = [sparse_flavor(name) for name in WEIGHTS if name in formats]
     flavors: dict[str, list[Flavor]] = {"standard": ["standard"], "genai": ["genai"], "sparse": packed}
     flavors["all"] = [name for names in flavors.values() for name in names]
+    flavors |= {peer: [peer] for peer in PEER_FLAVORS}
     if flavor not in flavors:
         raise UserError(f"--flavor {flavor}: choose one of {', '.join(flavors)}")
     options.use_threads(threads)
@@ -68,9 +72,10 @@ def export(
         typer.echo(manifest.model_dump_json())
         return
     for name, record in manifest.flavors.items():
-        worst = max(record.parity.max_abs_difference, record.parity.max_abs_difference_with_past)
-        zeros = record.audit.zeros / record.audit.weights
-        typer.echo(
-            f"{output / name}: {record.bytes / 2**20:.0f} MiB from {record.source}, {zeros:.2%} zeros all in place, "
-            f"logits within {worst:.1e} of torch"
-        )
+        line = f"{output / name}: {record.bytes / 2**20:.0f} MiB from {record.source}"
+        if record.audit is not None:
+            line += f", {record.audit.zeros / record.audit.weights:.2%} zeros all in place"
+        if record.parity is not None:
+            worst = max(record.parity.max_abs_difference, record.parity.max_abs_difference_with_past)
+            line += f", logits within {worst:.1e} of torch"
+        typer.echo(line)

@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from owl_deploy.errors import UserError
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads. Default: all cores.")]
@@ -36,6 +38,18 @@ EvaluateWindows = Annotated[Optional[int], typer.Option(min=1, help="Evaluate on
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 MODEL_HELP = "Hub id, local directory, .gguf file, or `demo` (SmolLM2-135M-Instruct from the demo extra)."
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """The numbers of a comma-separated list, in order, each once.
+
+    Raises:
+        UserError: one is not a positive whole number.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(name.isascii() and name.isdecimal() and int(name) > 0 for name in names):
+        raise UserError(f"{option} {text}: give positive whole numbers, for example 1,512")
+    return tuple(sorted({int(name) for name in names}))
 
 
 def use_threads(threads: int | None) -> None:

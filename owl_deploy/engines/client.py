@@ -68,9 +68,19 @@ class EngineProcess:
     ) -> None:
         self.close()
 
-    def load(self, graph: Path, *, threads: int, context: int, prompts: list[int]) -> None:
-        """Load a graph."""
-        answer = self.ask(do="load", graph=str(graph.absolute()), threads=threads, context=context, prompts=prompts)
+    def load(
+        self,
+        model: Path,
+        *,
+        threads: int,
+        context: int,
+        prompts: list[int],
+        batch: int = 1,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> None:
+        """Load a model's file (see `names.model_file`)."""
+        request = {"threads": threads, "context": context, "prompts": prompts, "batch": batch}
+        answer = self.ask(do="load", model=str(model.absolute()), timeout_s=timeout_s, **request)
         self.load_ms, self.facts = answer["load_ms"], answer["facts"]
 
     @property

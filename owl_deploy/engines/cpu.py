@@ -25,7 +25,12 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next(flags, "").split())
 
 
+def instruction_sets() -> list[str]:
+    """Those vector instruction sets of this CPU that matter to engines, the widest first."""
+    flags = cpu_flags()
+    return [name for flag, name in _INSTRUCTION_SETS if flag in flags]
+
+
 def instruction_set() -> str:
     """The widest instruction set of this CPU; what an engine makes of it is the engine's own choice."""
-    flags = cpu_flags()
-    return next((name for flag, name in _INSTRUCTION_SETS if flag in flags), platform.machine())
+    return next(iter(instruction_sets()), platform.machine())

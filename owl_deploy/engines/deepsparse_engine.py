@@ -35,7 +35,9 @@ class DeepSparseEngine:
             be given fixed shapes.
     """
 
-    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...]) -> None:
+    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...], batch: int = 1) -> None:
+        if batch != 1:
+            raise UserError(f"DeepSparse's own cache holds one sequence, and the batch is {batch}")
         self._deepsparse = _import_deepsparse()
         self._graphs = StaticGraphs(graph, total=_sequence_length(context))
         if self._graphs.counts_positions:
@@ -72,22 +74,22 @@ class DeepSparseEngine:
         Raises:
             ValueError: `ids` is empty or longer than the context.
         """
+        (sequence,) = ids
         self._cache.clear()
         self._length = 0
-        self._check_room(len(ids))  # before `_pieces`, whose promise ends with the context
-        pieces = _pieces(len(ids), self._graphs.total)
+        self._check_room(len(sequence))  # before `_pieces`, whose promise ends with the context
+        pieces = _pieces(len(sequence), self._graphs.total)
         ends = np.cumsum(pieces)
-        logits = [self._append(ids[end - piece : end]) for piece, end in zip(pieces, ends, strict=True)]
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        logits = [self._append(sequence[end - piece : end]) for piece, end in zip(pieces, ends, strict=True)]
+        return (logits[0] if len(logits) == 1 else np.concatenate(logits))[None]
 
-    def decode(self, token: int) -> Logits:
+    def decode(self, tokens: TokenIds) -> Logits:
         """See `protocol.Engine`.
 
         Raises:
             ValueError: the context is full.
         """
-        logits: Logits = self._append(np.array([token], np.int64))[0]
-        return logits
+        return self._append(tokens)
 
     def _append(self, ids: TokenIds) -> Logits:
         """Run one piece of the sequence; the logits of its tokens, [L, vocab]."""

@@ -24,9 +24,17 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(
-        self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...] = (), profile: Path | None = None
+        self,
+        graph: Path,
+        *,
+        threads: int,
+        context: int,
+        prompts: tuple[int, ...] = (),
+        batch: int = 1,
+        profile: Path | None = None,
     ) -> None:
         del prompts  # shapes are dynamic: nothing is compiled per length
+        self._batch = batch
         options = self._options(threads)
         if profile is not None:
             options.enable_profiling = True
@@ -37,8 +45,8 @@ class OnnxRuntimeEngine:
         self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
         self._caches = [name for name in self._inputs if name.startswith("past_key_values.")]
         self._shares_cache = (graph.parent / "genai_config.json").is_file()
-        self._ones = np.ones(context, np.int64)
-        self._positions = np.arange(context, dtype=np.int64)
+        self._ones = np.ones((batch, context), np.int64)
+        self._positions = np.tile(np.arange(context, dtype=np.int64), (batch, 1))
         self._length = 0
         if self._shares_cache:
             self._bind_shared_cache(context)
@@ -64,8 +72,8 @@ class OnnxRuntimeEngine:
                 self._binding.bind_ortvalue_input(name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32)))
         return self._run(ids)
 
-    def decode(self, token: int) -> Logits:
-        logits: Logits = self._run(np.array([token], np.int64))[0]
+    def decode(self, tokens: TokenIds) -> Logits:
+        logits: Logits = self._run(tokens[:, None])[:, 0]
         return logits
 
     def end_profile(self) -> Path:
@@ -73,17 +81,18 @@ class OnnxRuntimeEngine:
         return Path(self._session.end_profiling())
 
     def _run(self, ids: TokenIds) -> Logits:
-        """Append `ids` to the sequence; logits [len(ids), vocab]."""
-        total = self._length + len(ids)
+        """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab]."""
+        new = ids.shape[1]
+        total = self._length + new
         feeds = {
-            "input_ids": ids[None],
-            "attention_mask": self._ones[None, :total],
-            "position_ids": self._positions[None, self._length : total],
+            "input_ids": ids,
+            "attention_mask": self._ones[:, :total],
+            "position_ids": self._positions[:, self._length : total],
         }
         for name, array in feeds.items():
             if name in self._inputs:
                 self._bind_input(name, np.ascontiguousarray(array))
-        logits: Logits = np.empty((1, len(ids), self._vocabulary), np.float32)
+        logits: Logits = np.empty((self._batch, new, self._vocabulary), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         if not self._shares_cache:
             for name in self._caches:
@@ -94,8 +103,7 @@ class OnnxRuntimeEngine:
             for name in self._caches:
                 self._binding.bind_ortvalue_input(name, presents[_present(name)])
         self._length = total
-        of_sequence: Logits = logits[0]
-        return of_sequence
+        return logits
 
     @property
     def _output_names(self) -> list[str]:
@@ -112,7 +120,7 @@ class OnnxRuntimeEngine:
 
     def _cache_shape(self, name: str, tokens: int) -> tuple[int, int, int, int]:
         _, heads, _, head_size = self._inputs[name].shape
-        return 1, heads, tokens, head_size
+        return self._batch, heads, tokens, head_size
 
 
 def _present(past: str) -> str:

@@ -17,23 +17,26 @@ TokenIds = NDArray[np.int64]
 
 
 class Engine(Protocol):
-    """One causal LM, loaded once, decoding one sequence (batch 1) at a time.
+    """One causal LM, loaded once, decoding a batch of sequences of one length.
 
     Args of the constructor:
-        graph: the ONNX file of the flavor this engine runs.
+        model: the file of the flavor this engine runs (see `names.model_file`).
         threads: compute threads, at least 1.
         context: tokens of the longest sequence (prompt plus new tokens) that will be run.
         prompts: prompt lengths that will be prefilled; an engine with static shapes compiles for them at
             load, so that no compilation is timed. Any other length up to `context` must still work.
+        batch: how many sequences are run side by side; 1 where its `EngineSpec` has not `runs_batches`.
     """
 
-    def __init__(self, graph: Path, *, threads: int, context: int, prompts: tuple[int, ...]) -> None: ...
+    def __init__(
+        self, model: Path, *, threads: int, context: int, prompts: tuple[int, ...], batch: int = 1
+    ) -> None: ...
 
     def describe(self) -> dict[str, Any]:
         """Facts for the row, as JSON: at least `version` and `instruction_set`."""
 
     def prefill(self, ids: TokenIds) -> Logits:
-        """Start a new sequence with `ids` [length]; return the logits of every position, [length, vocab]."""
+        """Start new sequences with `ids` [batch, length]; the logits of every position, [batch, length, vocab]."""
 
-    def decode(self, token: int) -> Logits:
-        """Append one token to the sequence; return the logits that follow it, [vocab]."""
+    def decode(self, tokens: TokenIds) -> Logits:
+        """Append one token to each sequence, `tokens` [batch]; the logits that follow them, [batch, vocab]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from owl_deploy.engines.environments import Environment
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import WEIGHTS, Flavor, sparse_flavor
+from owl_deploy.export.names import WEIGHTS, Flavor, precision_of, sparse_flavor
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class EngineSpec:
         environment: the virtual environment it needs; None for the one owl-deploy runs in.
         package: what its version is the version of.
         checked_at_export: its logits were compared with torch's when the graph was made.
+        runs_batches: it decodes several sequences side by side.
         licence: a note for the user.
     """
 
@@ -30,6 +31,12 @@ class EngineSpec:
     package: str
     licence: str
     checked_at_export: bool = False
+    runs_batches: bool = False
+
+    @property
+    def precision(self) -> str:
+        """How the weights it runs are stored."""
+        return precision_of(self.flavors[0])
 
 
 ENGINES = {
@@ -44,6 +51,7 @@ ENGINES = {
             package="onnxruntime",
             licence="MIT",
             checked_at_export=True,
+            runs_batches=True,
         ),
         *(
             EngineSpec(
@@ -55,6 +63,7 @@ ENGINES = {
                 package="onnxruntime",
                 licence="Apache-2.0, ours; ONNX Runtime's is MIT",
                 checked_at_export=True,
+                runs_batches=True,
             )
             for weights in WEIGHTS
         ),

@@ -45,11 +45,11 @@ class _Worker:
         self._module = module
         self._class_name = class_name
 
-    def load(self, graph: str, threads: int, context: int, prompts: list[int]) -> dict[str, Any]:
+    def load(self, model: str, threads: int, context: int, prompts: list[int], batch: int) -> dict[str, Any]:
         """Load the engine; its facts, and the milliseconds it took, imports included."""
         start = time.perf_counter()
         engine_class = getattr(importlib.import_module(self._module), self._class_name)
-        self._engine = engine_class(Path(graph), threads=threads, context=context, prompts=tuple(prompts))
+        self._engine = engine_class(Path(model), threads=threads, context=context, prompts=tuple(prompts), batch=batch)
         load_ms = (time.perf_counter() - start) * 1e3
         return {"load_ms": load_ms, "facts": self._engine.describe()}
 
@@ -70,13 +70,19 @@ class _Worker:
 
         return window_loss(self._engine, np.array(ids, np.int64))
 
-    def generate(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-        """One timed generation, and the process's peak memory so far."""
+    def generate(
+        self, prompts: list[list[int]], new_tokens: int, sampling: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One timed generation, greedy unless `sampling` (see `probe.Sampling`), and the process's peak memory so far.
+
+        `prompts` [batch, length].
+        """
         import numpy as np
 
-        from owl_deploy.engines.probe import timed_generation
+        from owl_deploy.engines.probe import Sampling, timed_generation
 
-        timed = timed_generation(self._engine, np.array(prompt, np.int64), new_tokens)
+        chosen = Sampling(**sampling) if sampling else None
+        timed = timed_generation(self._engine, np.array(prompts, np.int64), new_tokens, chosen)
         return {**dataclasses.asdict(timed), "peak_rss_bytes": _peak_rss_bytes()}
 
 

@@ -16,6 +16,7 @@ from owl_deploy.sparse.graph import MatrixRecord
 
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
+_GRAPHS = (GRAPH, "model.gguf", "openvino_model.", "model.safetensors", "model-")  # how files with weights begin
 DENSE_BELOW = 0.01  # of all weights: dequantised checkpoints hold a few exact zeros
 
 
@@ -49,7 +50,10 @@ class PackedRecord(Record):
 
 
 class FlavorRecord(Record):
-    """One graph; `source` is the exporter it came from and `note` why that one.
+    """One graph, or what another engine runs; `source` is the exporter it came from and `note` why that one.
+
+    Attributes:
+        parity, audit: null for what other engines run: `bench` compares them with ONNX Runtime.
 
     A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
     is no error of the graph, and `packed` says what it is.
@@ -57,8 +61,8 @@ class FlavorRecord(Record):
 
     source: str
     note: str
-    parity: ParityRecord
-    audit: AuditRecord
+    parity: ParityRecord | None
+    audit: AuditRecord | None
     files: list[FileRecord]
     packed: PackedRecord | None = None
 
@@ -70,7 +74,7 @@ class FlavorRecord(Record):
     @property
     def graph_files(self) -> list[FileRecord]:
         """The graph and its weights."""
-        return [file for file in self.files if Path(file.path).name.startswith(GRAPH)]
+        return [file for file in self.files if Path(file.path).name.startswith(_GRAPHS)]
 
 
 class BundleManifest(Record):

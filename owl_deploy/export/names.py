@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Flavor = Literal["standard", "genai", "sparse-packed32", "sparse-packed16", "sparse-int8"]
+SparseFlavor = Literal["sparse-packed32", "sparse-packed16", "sparse-int8"]
+PeerFlavor = Literal[
+    "genai-int8",
+    "genai-int4",
+    "openvino",
+    "openvino-int8",
+    "openvino-int4",
+    "gguf-f16",
+    "gguf-q8_0",
+    "gguf-q4_0",
+    "torch",
+]
+Flavor = Literal["standard", "genai", SparseFlavor, PeerFlavor]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+PEER_FLAVORS: tuple[PeerFlavor, ...] = get_args(PeerFlavor)
+"""What other engines run, made from the same checkpoint: its weights as those engines store them."""
 
 Weights = Literal["packed32", "packed16", "int8"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -18,9 +32,25 @@ HEADS: tuple[Head, ...] = get_args(Head)
 SPARSE_OPERATOR, SPARSE_DOMAIN = "SparseMatMul", "owl"
 
 
-def sparse_flavor(weights: Weights) -> Flavor:
+def model_file(flavor: Flavor) -> str:
+    """The file of a flavor's folder that its engine is given; what else the engine needs lies beside it."""
+    if flavor.startswith("openvino"):
+        return "openvino_model.xml"
+    if flavor.startswith("gguf"):
+        return "model.gguf"
+    return "config.json" if flavor == "torch" else "model.onnx"
+
+
+def precision_of(flavor: Flavor) -> str:
+    """How a flavor stores the weights of its blocks."""
+    sparse = weights_of(flavor)
+    suffix = flavor.partition("-")[2]
+    return sparse or suffix or "fp32"
+
+
+def sparse_flavor(weights: Weights) -> SparseFlavor:
     """The flavor with these weights."""
-    flavors: dict[Weights, Flavor] = {
+    flavors: dict[Weights, SparseFlavor] = {
         "packed32": "sparse-packed32",
         "packed16": "sparse-packed16",
         "int8": "sparse-int8",

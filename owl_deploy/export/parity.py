@@ -17,6 +17,9 @@ from owl_deploy.errors import CheckFailed, UnsupportedFamily
 from owl_deploy.pruning.manifest import Record
 
 TOLERANCE = 1e-2  # of a logit
+ROUNDED_TOLERANCE = {"f16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
+"""How far logits may be from those of the unrounded weights, by how these are stored: the norm of the difference over
+that of the logits. Past it the engine does not run this model: logits of another one are at 1.4."""
 
 Reference = Literal["torch", "onnxruntime"]
 
@@ -29,6 +32,8 @@ class ParityRecord(Record):
         positions: compared without and with a cache.
         max_abs_difference: of any logit, at any position; without and with a cache.
         argmax_agreement: fraction of positions with the same most likely token.
+        relative_difference: the norm of the difference over that of the reference's logits, each position's mean
+            logit taken off; what rounding weights changes.
     """
 
     reference: Reference
@@ -37,6 +42,7 @@ class ParityRecord(Record):
     max_abs_difference: float
     max_abs_difference_with_past: float
     argmax_agreement: float
+    relative_difference: float | None = None
 
 
 @torch.inference_mode()
@@ -71,12 +77,17 @@ def check_parity(
     return compare(reference_logits(model, ids), at_once, decoded, what=name, reference="torch")
 
 
-def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str, reference: Reference) -> ParityRecord:
+def compare(
+    expected: Logits, at_once: Logits, decoded: Logits, *, what: str, reference: Reference, precision: str = "fp32"
+) -> ParityRecord:
     """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
+
+    Args:
+        precision: how the weights behind the compared logits are stored.
 
     Raises:
         CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
-            likely ones are further apart than that.
+            likely ones are further apart than that. Of rounded weights: see `ROUNDED_TOLERANCE`.
     """
     difference = _difference(expected[: len(at_once)], at_once)
     difference_with_past = _difference(expected[len(at_once) :], decoded)
@@ -84,9 +95,17 @@ def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str, re
     top_two = np.partition(expected, -2, axis=1)[:, -2:]
     clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
     worst = max(difference, difference_with_past)
-    if not worst <= TOLERANCE:  # NaN fails too
+    relative = _relative_difference(expected, np.concatenate([at_once, decoded]))
+    allowed = ROUNDED_TOLERANCE.get(precision)
+    if allowed is not None:
+        if not relative <= allowed:
+            raise CheckFailed(
+                f"{what}: logits differ from the checkpoint's by {relative:.2g} of their norm; rounding its weights to "
+                f"{precision} explains {allowed:g}"
+            )
+    elif not worst <= TOLERANCE:  # NaN fails too
         raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}")
-    if (clear & ~agrees).any():
+    elif (clear & ~agrees).any():
         raise CheckFailed(f"{what}: its most likely token differs from the checkpoint's where that one is clear")
     return ParityRecord(
         reference=reference,
@@ -95,7 +114,14 @@ def compare(expected: Logits, at_once: Logits, decoded: Logits, *, what: str, re
         max_abs_difference=difference,
         max_abs_difference_with_past=difference_with_past,
         argmax_agreement=float(agrees.mean()),
+        relative_difference=relative,
     )
+
+
+def _relative_difference(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    actual = actual - actual.mean(axis=1, keepdims=True)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def _difference(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:

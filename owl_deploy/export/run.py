@@ -34,8 +34,9 @@ from owl_deploy.export.bundle import (
     read_bundle,
 )
 from owl_deploy.export.genai import write_genai
-from owl_deploy.export.names import Flavor, Head, Weights, weights_of
+from owl_deploy.export.names import PEER_FLAVORS, Flavor, Head, Weights, weights_of
 from owl_deploy.export.parity import check_parity
+from owl_deploy.export.peers import write_peer
 from owl_deploy.export.standard import write_standard
 from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
 from owl_deploy.pruning.manifest import read_manifest
@@ -118,7 +119,7 @@ def export_checkpoint(
                 method=str(pruned.plan["method"]) if pruned else None,
                 allocation=str(pruned.plan["allocation"]) if pruned else None,
                 sparsity_asked=pruned.sparsity_asked if pruned else None,
-                sparsity_achieved=_sparsity(next(iter(records.values())).audit),
+                sparsity_achieved=_sparsity(model),
                 vocabulary=model.config.vocab_size,
                 context=context_length(model),
                 has_tokenizer=tokenizer is not None,
@@ -150,9 +151,13 @@ def _export(
 ) -> FlavorRecord:
     out.mkdir()
     weights = weights_of(flavor)
-    if weights is None:
+    packed: PackedRecord | None = None
+    if flavor in PEER_FLAVORS:
+        source, note = write_peer(flavor, checkpoint, out, has_tokenizer=tokenizer is not None)
+        audit, parity = None, None
+    elif weights is None:
         source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
-        audit, packed = _audit(out / GRAPH, model), None
+        audit = _audit(out / GRAPH, model)
         parity = check_parity(out / GRAPH, model, ids)
     else:
         source, note = "onnxruntime-genai, packed", f"owl::SparseMatMul on {weights} weights"
@@ -273,8 +278,10 @@ def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:
     )
 
 
-def _sparsity(audit: AuditRecord) -> float:
-    return audit.zeros / audit.weights
+def _sparsity(model: PreTrainedModel) -> float:
+    """Zeros among the weights of its blocks' linears."""
+    weights = [linear.weight for block in find_blocks(model) for linear in block.linears.values()]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

@@ -220,9 +220,10 @@ def _decode(
     try:
         with EngineProcess(spec, request.threads) as process:
             process.load(graph, threads=request.threads, context=context, prompts=[request.past])
-            process.ask(do="generate", prompt=prompt, new_tokens=_WARM_UP_TOKENS)
+            process.ask(do="generate", prompts=[prompt], new_tokens=_WARM_UP_TOKENS)
             rounds = [
-                process.ask(do="generate", prompt=prompt, new_tokens=request.new_tokens) for _ in range(request.rounds)
+                process.ask(do="generate", prompts=[prompt], new_tokens=request.new_tokens)
+                for _ in range(request.rounds)
             ]
             return [samples["decode_ms"] for samples in rounds], process.facts
     except EngineFailed as error:

@@ -65,8 +65,8 @@ def profile_decode(
     with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
         context = len(prompt) + max(new_tokens, warm_up_tokens)
         engine = engine_class(graph, threads=threads, context=context, profile=Path(folder) / "profile")
-        timed_generation(engine, np.array(prompt, np.int64), warm_up_tokens)
-        timed = timed_generation(engine, np.array(prompt, np.int64), new_tokens)
+        timed_generation(engine, np.array([prompt], np.int64), warm_up_tokens)
+        timed = timed_generation(engine, np.array([prompt], np.int64), new_tokens)
         events = json.loads(engine.end_profile().read_bytes())
     return decoded(events, timed.decode_ms)
 

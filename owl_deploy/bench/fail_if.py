@@ -1,0 +1,175 @@
+"""Conditions on rows that fail a run: `speedup["sparse-int8"]@0.7 < 2.0`, for other people's CI.
+
+The grammar is a part of Python's, read by `ast` and never executed: figures of rows, numbers, + - * /, comparisons,
+and, or, not. A figure is FIELD["ENGINE"]@SPARSITY: a numeric field of a row, `speedup` being short for
+`speedup_fastest_dense`; ENGINE is an engine's name or, as `sparse` for all formats, what it begins with before a dash.
+Of several such rows the figure must hold for each: the condition is met when it is met for any.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from owl_deploy.bench.rows import Row
+from owl_deploy.errors import UserError
+
+_SHORT = {"speedup": "speedup_fastest_dense", "ttft_ms": "ttft_ms_p50", "decode_ms": "decode_ms_p50"}
+_TOLERANCE = 1e-6  # of a sparsity
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the rows of one engine at one sparsity."""
+
+    field: str
+    engine: str
+    sparsity: float
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Those it is read from.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = [row for row in rows if self._names(row.engine) and abs(_sparsity(row) - self.sparsity) < _TOLERANCE]
+        if not found:
+            there = sorted({f"{row.engine}@{_sparsity(row):g}" for row in rows})
+            raise UserError(f"--fail-if: no row of {self.engine!r} at {self.sparsity:g}; there are {', '.join(there)}")
+        return found
+
+    def _names(self, engine: str) -> bool:
+        return engine == self.engine or engine.startswith(f"{self.engine}-")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition as it was given, and read."""
+
+    text: str
+    tree: ast.expr
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        """Whether it is met for any choice of rows; a row that failed, or has no such figure, meets it.
+
+        Raises:
+            UserError: no row is meant by one of its figures.
+        """
+        figures = list(dict.fromkeys(_figures(self.tree)))
+        choices = [[getattr(row, figure.field) for row in figure.rows(rows)] for figure in figures]
+        for values in itertools.product(*choices):
+            if any(value is None for value in values) or _value(self.tree, dict(zip(figures, values, strict=True))):
+                return True
+        return False
+
+
+def parse_condition(text: str) -> Condition:
+    """Read a condition.
+
+    Raises:
+        UserError: it is not one; the part that is not is named.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise _refused(text, f"{error.msg}") from error
+    if not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        raise _refused(text, "it compares nothing")
+    _check(text, tree)
+    return Condition(text, tree)
+
+
+def _refused(text: str, reason: str) -> UserError:
+    return UserError(f"--fail-if {text}: {reason}; write for example 'speedup[\"sparse-int8\"]@0.7 < 2.0'")
+
+
+def _check(text: str, node: ast.expr) -> None:
+    if _figure(node) is not None:
+        figure = _figure(node)
+        assert figure is not None
+        if figure.field not in _numeric_fields():
+            raise _refused(text, f"{figure.field} is not a figure of a row")
+        return None
+    match node:
+        case ast.Constant(value=bool()):
+            pass
+        case ast.Constant(value=int() | float()):
+            return None
+        case ast.BoolOp(values=values):
+            return _check_all(text, values)
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            return _check(text, operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+            return _check_all(text, [left, right])
+        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
+            return _check_all(text, [left, *others])
+    raise _refused(text, f"cannot read {ast.unparse(node)!r}")
+
+
+def _check_all(text: str, nodes: Sequence[ast.expr]) -> None:
+    for node in nodes:
+        _check(text, node)
+
+
+def _figure(node: ast.AST) -> Figure | None:
+    match node:
+        case ast.BinOp(
+            left=ast.Subscript(value=ast.Name(id=field), slice=ast.Constant(value=str(engine))),
+            op=ast.MatMult(),
+            right=ast.Constant(value=int() | float() as sparsity),
+        ):
+            return Figure(_SHORT.get(field, field), engine, float(sparsity))
+    return None
+
+
+def _figures(node: ast.AST) -> Iterator[Figure]:
+    for child in ast.walk(node):
+        if (figure := _figure(child)) is not None:
+            yield figure
+
+
+def _value(node: ast.expr, figures: dict[Figure, float]) -> float | bool:
+    """Of a tree that `_check` has seen."""
+    if (figure := _figure(node)) is not None:
+        return figures[figure]
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.BoolOp(op=op, values=values):
+            met = (bool(_value(value, figures)) for value in values)
+            return all(met) if isinstance(op, ast.And) else any(met)
+        case ast.UnaryOp(op=op, operand=operand):
+            value = _value(operand, figures)
+            return not value if isinstance(op, ast.Not) else -value
+        case ast.BinOp(left=left, op=op, right=right):
+            return _ARITHMETIC[type(op)](_value(left, figures), _value(right, figures))
+        case ast.Compare(left=left, ops=ops, comparators=others):
+            compared = [_value(item, figures) for item in (left, *others)]
+            pairs = itertools.pairwise(compared)
+            return all(_COMPARISONS[type(op)](*pair) for op, pair in zip(ops, pairs, strict=True))
+    raise AssertionError(ast.dump(node))
+
+
+def _numeric_fields() -> set[str]:
+    kinds = (int, float, int | None, float | None)
+    return {name for name, field in Row.model_fields.items() if field.annotation in kinds}
+
+
+def _sparsity(row: Row) -> float:
+    return row.sparsity_achieved if row.sparsity_asked is None else row.sparsity_asked

@@ -1,0 +1,27 @@
+"""What other engines run, made from a checkpoint by their own tools: quantised graphs, OpenVINO's IR, GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from owl_deploy.export.names import Flavor
+from owl_deploy.export.peer_torch import write_torch
+
+Exporter = Callable[[Path, Path, bool], tuple[str, str]]
+"""(checkpoint, out, has_tokenizer) -> what it was made by, and a note; `out` is there and empty.
+
+Raises `UnsupportedFamily` where its tool does not know the architecture, `UserError` where that is missing or fails.
+"""
+
+_EXPORTERS: dict[Flavor, Exporter] = {"torch": write_torch}
+
+
+def write_peer(flavor: Flavor, checkpoint: Path, out: Path, *, has_tokenizer: bool) -> tuple[str, str]:
+    """Write what an engine needs to run `checkpoint` as `flavor` into the empty directory `out`; source, and a note.
+
+    Raises:
+        UnsupportedFamily: the tool that makes it does not know this architecture.
+        UserError: the tool is not installed, or fails.
+    """
+    return _EXPORTERS[flavor](checkpoint, out, has_tokenizer)
