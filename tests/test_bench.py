@@ -185,6 +185,76 @@ def test_a_busy_machine_is_refused(
     assert "--max-load" in ran.stderr
 
 
+def test_prompts_and_batches_are_workloads_of_their_own_and_join_what_is_there(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli
+) -> None:
+    assert swept
+    run = ("bench", out / "0" / "bundle", "-o", tmp_path / "out", "--threads", 1, "--max-load", 99, "--new-tokens", 6)
+    more = ("--repetitions", 2, "--json")
+    first = rows_of(run_cli(*run, *more, "--prompt", "1,12", "--batch", "1,3"))
+    assert [(row["prompt_tokens"], row["batch"]) for row in first] == [(1, 1), (1, 3), (12, 1), (12, 3)]
+    for row in first:
+        assert row["decode_tokens_per_s"] == pytest.approx(row["batch"] * _steps_per_s(row))
+        assert row["prefill_tokens_per_s"] == pytest.approx(
+            1e3 * row["batch"] * row["prompt_tokens"] / row["ttft_ms_p50"]
+        )
+        assert row["repeatable"]
+        assert row["continuation"] == {"reference": "onnxruntime", "matching": 6, "tokens": 6}
+    assert rows_of(run_cli(*run, *more, "--prompt", "24", "--batch", "1"))
+    kept = read_rows(tmp_path / "out" / "results.jsonl")
+    assert [(row.prompt_tokens, row.batch) for row in kept] == [(1, 1), (1, 3), (12, 1), (12, 3), (24, 1)]
+    assert [row.model_dump(mode="json") for row in kept[:4]] == first
+
+
+def _steps_per_s(row: dict[str, Any]) -> float:
+    steps = [value for samples in row["samples_ms"]["decode"] for value in samples]
+    return 1e3 * len(steps) / sum(steps)
+
+
+def test_intervals_come_from_the_rounds(swept: list[dict[str, Any]]) -> None:
+    for row in swept:
+        spread = row["speedup_same_engine_spread"]
+        assert spread["low"] <= spread["confidence_low"] <= spread["median"] <= spread["confidence_high"]
+        assert spread["confidence_high"] <= spread["high"]
+
+
+def test_a_condition_fails_the_run_and_leaves_its_results(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli
+) -> None:
+    assert swept
+    run = ("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
+    met = run_cli(*run, "--fail-if", 'decode_ms["onnxruntime"]@0 > 0')
+    assert met.code == 1
+    assert 'decode_ms["onnxruntime"]@0 > 0' in met.stderr
+    assert rows_of(met)[0]["status"] == "ok"
+    assert run_cli(*run, "--fail-if", 'decode_ms["onnxruntime"]@0 < 0').code == 0
+    assert run_cli(*run, "--fail-if", 'decode_ms["onnxruntime"]@0.4 < 0').code == 2
+
+
+def test_from_text_to_text_is_longer_than_its_parts(tiny_with_tokenizer: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"word{index}" for index in range(60)))
+    export = ("export", tiny_with_tokenizer, "-o", tmp_path / "bundle", "--flavor", "standard", "--quiet")
+    assert run_cli(*export).code == 0
+    ran = run_cli(
+        *("bench", tmp_path / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 2, "--text", words),
+        *("--end-to-end", "--json"),
+    )
+    assert ran.code == 0
+    (row,) = rows_of(ran)
+    assert row["end_to_end_ms_p50"] > 0
+    assert row["end_to_end_tokens_per_s"] == pytest.approx(1e3 * 8 / row["end_to_end_ms_p50"])
+
+
+def test_text_to_text_needs_a_tokenizer(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli
+) -> None:
+    assert swept
+    ran = run_cli("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--end-to-end")
+    assert ran.code == 2
+    assert "no tokenizer" in ran.stderr
+
+
 # -------------------- bad input
 
 
@@ -207,6 +277,8 @@ def test_a_corrupted_graph_is_refused(out: Path, swept: list[dict[str, Any]], ru
         (("--threads", 4096), "may use"),
         (("--prompt", 8, "--new-tokens", 8, "--text", "missing.npy"), "no such file"),
         (("--engines", "onnxruntime,nonesuch"), "unknown"),
+        (("--prompt", "8,-1"), "--prompt 8,-1: give positive whole numbers"),
+        (("--batch", "0"), "--batch 0: give positive whole numbers"),
     ],
 )
 def test_a_workload_that_cannot_be_run_is_refused(

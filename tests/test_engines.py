@@ -17,7 +17,9 @@ import pytest
 
 from owl_deploy.engines import environments
 from owl_deploy.engines.client import EngineFailed, EngineProcess
+from owl_deploy.engines.energy import cpu_energy_uj
 from owl_deploy.engines.environments import Environment, find_python
+from owl_deploy.engines.probe import Sampling
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
@@ -62,6 +64,36 @@ def test_a_generation_is_timed_token_by_token_and_is_greedy(graphs: Path) -> Non
     assert len(first["decode_ms"]) == 7
     assert first["tokens"][0][4:] == longer["tokens"][0]
     assert first["peak_rss_bytes"] > 2**20
+
+
+def test_a_batch_computes_what_its_sequences_compute_alone(graphs: Path) -> None:
+    alone = []
+    for flavor in ("standard", "genai"):
+        with loaded(graphs / flavor / "model.onnx") as process:
+            alone += [process.ask(do="generate", prompts=[ids], new_tokens=8)["tokens"][0] for ids in (IDS, IDS[::-1])]
+        with EngineProcess(ONNXRUNTIME, 1) as process:
+            process.load(graphs / flavor / "model.onnx", threads=1, context=64, prompts=[], batch=2)
+            together = process.ask(do="generate", prompts=[IDS, IDS[::-1]], new_tokens=8)["tokens"]
+        assert together == alone[-2:]
+
+
+def test_sampling_follows_the_softmax_of_the_likeliest_and_its_seed() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)).repeat(20_000, axis=0)
+    drawn = Sampling(temperature=1.0, top_k=3, seed=0).draw(logits, np.random.default_rng(0))
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    np.testing.assert_allclose(shares, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
+    cold = Sampling(temperature=0.05, top_k=3, seed=0).draw(logits, np.random.default_rng(0))
+    assert (cold == 0).all()
+
+
+def test_energy_is_the_sum_of_the_packages_and_none_where_it_cannot_be_read(tmp_path: Path) -> None:
+    assert cpu_energy_uj(tmp_path) is None
+    for name, value in {"intel-rapl:0": 5, "intel-rapl:1": 7, "intel-rapl:0:0": 100}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+    assert cpu_energy_uj(tmp_path) == [5, 7]
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert cpu_energy_uj(tmp_path) is None
 
 
 def test_peak_memory_is_the_engine_s_own_not_its_parent_s(graphs: Path) -> None:
@@ -137,6 +169,24 @@ def test_no_engine_outlives_its_parent() -> None:
 
 
 # -------------------- environments
+
+
+def test_the_doctor_runs_what_is_here_and_names_what_is_missing(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_DEPLOY_ENGINES", str(tmp_path))  # where nothing is installed
+    broken = type(ONNXRUNTIME)(**{**vars(ONNXRUNTIME), "name": "broken", "module": "owl_deploy.engines.none"})
+    monkeypatch.setitem(ENGINES, "broken", broken)
+    ran = run_cli("engines", "doctor", "deepsparse", "onnxruntime", "broken", "--json")
+    assert ran.code == 1
+    found = {diagnosis["engine"]: diagnosis for diagnosis in json.loads(ran.stdout)}
+    assert {name: diagnosis["status"] for name, diagnosis in found.items()} == {
+        "deepsparse": "missing",
+        "onnxruntime": "ok",
+        "broken": "broken",
+    }
+    assert "owl_deploy.engines.none" in found["broken"]["detail"]
+    assert run_cli("engines", "doctor", "onnxruntime").code == 0
 
 
 def test_engines_list_names_every_engine_with_its_licence(run_cli: RunCli) -> None:

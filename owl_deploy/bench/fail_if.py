@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from owl_deploy.bench.rows import Row
 from owl_deploy.errors import UserError
 
 _SHORT = {"speedup": "speedup_fastest_dense", "ttft_ms": "ttft_ms_p50", "decode_ms": "decode_ms_p50"}
+_AT = re.compile(r"\]\s*@\s*([0-9.]+)")
 _TOLERANCE = 1e-6  # of a sparsity
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -86,7 +88,8 @@ def parse_condition(text: str) -> Condition:
         UserError: it is not one; the part that is not is named.
     """
     try:
-        tree = ast.parse(text, mode="eval").body
+        # In Python @ binds no tighter than *; here it belongs to its figure, as if that had two indices.
+        tree = ast.parse(_AT.sub(r", \1]", text), mode="eval").body
     except SyntaxError as error:
         raise _refused(text, f"{error.msg}") from error
     if not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp):
@@ -129,10 +132,9 @@ def _check_all(text: str, nodes: Sequence[ast.expr]) -> None:
 
 def _figure(node: ast.AST) -> Figure | None:
     match node:
-        case ast.BinOp(
-            left=ast.Subscript(value=ast.Name(id=field), slice=ast.Constant(value=str(engine))),
-            op=ast.MatMult(),
-            right=ast.Constant(value=int() | float() as sparsity),
+        case ast.Subscript(
+            value=ast.Name(id=field),
+            slice=ast.Tuple(elts=[ast.Constant(value=str(engine)), ast.Constant(value=int() | float() as sparsity)]),
         ):
             return Figure(_SHORT.get(field, field), engine, float(sparsity))
     return None

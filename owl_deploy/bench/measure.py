@@ -8,6 +8,7 @@ at most the round it was in.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -277,7 +278,8 @@ class Bench:
             return configuration.record.parity
         reference = self._reference(configuration)
         # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
-        ids = [*self._workload.prompt, *self._workload.prompt[:DECODED_TOKENS]]
+        prompt = self._workload.prompt
+        ids = list(itertools.islice(itertools.cycle(prompt), len(prompt) + DECODED_TOKENS))
         with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
             paths = [str(Path(folder) / name) for name in ("reference.npz", "engine.npz")]
             self._ask(process, do="logits", ids=ids, out=paths[1])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json as jsonlib
 import subprocess
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
 from owl_deploy.cli import options
 from owl_deploy.reporting import Reporter
 
-app = typer.Typer(no_args_is_help=True, help="Install and list the engines that `bench` measures.")
+app = typer.Typer(no_args_is_help=True, help="Install, list and test the engines that `bench` measures.")
 
 
 @app.command()
@@ -64,6 +64,39 @@ def list_engines(json: options.Json = False) -> None:
     for row in rows:
         table.add_row(*(str(row[column] or "") for column in columns))
     Console().print(table)
+
+
+@app.command()
+def doctor(
+    names: Annotated[Optional[list[str]], typer.Argument(help="Engines. Default: all.")] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run a tiny model in every engine that is installed, and say of each whether it computes what it should.
+
+    Exit code 1 if one that is installed does not; what is missing is not a fault.
+
+    Examples:
+
+        owl-deploy engines doctor
+
+        owl-deploy engines doctor sparse deepsparse --json
+    """
+    import dataclasses
+
+    from owl_deploy.bench.doctor import examine
+    from owl_deploy.engines.registry import ENGINES, named_engines
+
+    specs = named_engines(",".join(names) if names else ",".join(ENGINES))
+    found = []
+    for diagnosis in examine(specs):
+        found.append(diagnosis)
+        if not json and not quiet:
+            typer.echo(f"{diagnosis.engine}: {diagnosis.status} ({diagnosis.seconds:.1f} s): {diagnosis.detail}")
+    if json:
+        typer.echo(jsonlib.dumps([dataclasses.asdict(diagnosis) for diagnosis in found]))
+    if any(diagnosis.status == "broken" for diagnosis in found):
+        raise typer.Exit(1)
 
 
 def _row(name: str) -> dict[str, Any]:

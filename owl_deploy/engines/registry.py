@@ -86,21 +86,30 @@ ENGINES = {
 
 
 def installed_engines(names: str) -> list[EngineSpec]:
-    """The engines of a comma-separated list; `sparse` is short for its three weight formats.
+    """The engines of a comma-separated list (see `named_engines`).
 
     One that cannot be had on this machine stays in: its rows will say so.
 
     Raises:
         UserError: an engine is unknown, or could be installed and is not.
     """
-    every_format = ",".join(sparse_flavor(weights) for weights in WEIGHTS)
-    wanted = [every_format if name.strip() == "sparse" else name.strip() for name in names.split(",")]
-    specs = [engine_spec(name) for name in dict.fromkeys(",".join(wanted).split(","))]
+    specs = named_engines(names)
     for spec in specs:
         environment = spec.environment
         if environment is not None and not environment.is_ready() and environment.is_installable():
             raise UserError(f"engine {spec.name}: {environment.problem()}")
     return specs
+
+
+def named_engines(names: str) -> list[EngineSpec]:
+    """The engines of a comma-separated list, each once; `sparse` is short for its three weight formats.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    every_format = ",".join(sparse_flavor(weights) for weights in WEIGHTS)
+    wanted = [every_format if name.strip() == "sparse" else name.strip() for name in names.split(",")]
+    return [engine_spec(name) for name in dict.fromkeys(",".join(wanted).split(","))]
 
 
 def engine_spec(name: str) -> EngineSpec:

@@ -17,7 +17,7 @@ from owl_deploy.errors import CheckFailed, UnsupportedFamily
 from owl_deploy.pruning.manifest import Record
 
 TOLERANCE = 1e-2  # of a logit
-ROUNDED_TOLERANCE = {"f16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
+ROUNDED_TOLERANCE = {"f16": 0.05, "packed16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
 """How far logits may be from those of the unrounded weights, by how these are stored: the norm of the difference over
 that of the logits. Past it the engine does not run this model: logits of another one are at 1.4."""
 
@@ -89,6 +89,8 @@ def compare(
         CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
             likely ones are further apart than that. Of rounded weights: see `ROUNDED_TOLERANCE`.
     """
+    if any(logits.ndim != 2 or logits.shape[1] != expected.shape[1] for logits in (at_once, decoded)):
+        raise CheckFailed(f"{what}: logits differ from the checkpoint's in shape: {at_once.shape}, {decoded.shape}")
     difference = _difference(expected[: len(at_once)], at_once)
     difference_with_past = _difference(expected[len(at_once) :], decoded)
     agrees = expected.argmax(axis=1) == np.concatenate([at_once, decoded]).argmax(axis=1)

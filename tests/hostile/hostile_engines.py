@@ -1,0 +1,97 @@
+"""Engines that misbehave, for the processes of test_stress.py: nothing but numpy, so that they start at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 96  # of the tiny models
+
+
+class Honest:
+    """A model of its own: logits that depend on the last token and its position."""
+
+    def __init__(self, model: Path, *, threads: int, context: int, prompts: tuple[int, ...], batch: int = 1) -> None:
+        del threads, context, prompts, batch
+        self.table = np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32)
+        self.home = model.parent
+        self.generations = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"version": "1", "instruction_set": "none"}
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.generations += 1
+        return self.table[ids % VOCABULARY]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return self.table[tokens % VOCABULARY]
+
+    @property
+    def is_warm(self) -> bool:
+        """The first generation warms up; trouble begins in the first round."""
+        return self.generations > 1
+
+
+class Hanging(Honest):
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        if self.is_warm:
+            time.sleep(3600)
+        return super().decode(tokens)
+
+
+class Dying(Honest):
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        if self.is_warm:
+            print("out of ideas", flush=True)
+            os._exit(3)
+        return super().decode(tokens)
+
+
+class Killed(Honest):
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        if self.is_warm:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decode(tokens)
+
+
+class Raising(Honest):
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        if self.is_warm:
+            raise RuntimeError("no more tokens today")
+        return super().decode(tokens)
+
+
+class Leaking(Honest):
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.kept = [*getattr(self, "kept", []), np.ones(2**22)]
+        return super().prefill(ids)
+
+
+class Wavering(Honest):
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return np.roll(super().decode(tokens), self.generations, axis=1)
+
+
+class NotANumber(Honest):
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        return np.full_like(super().prefill(ids), np.nan)
+
+
+class Mute(Honest):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        time.sleep(3600)
+
+
+class Narrow(Honest):
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        return super().prefill(ids)[..., 1:]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return super().decode(tokens)[..., 1:]

@@ -1,0 +1,92 @@
+"""Conditions that fail a run: what they read, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owl_deploy.bench.fail_if import parse_condition
+from owl_deploy.bench.rows import Machine, Row
+from owl_deploy.errors import UserError
+
+from .conftest import RunCli
+
+MACHINE = Machine(cpu="x", cores=2, instruction_set="avx2", memory_bytes=1, memory_bandwidth_gb_s=1.0, system="Linux")
+
+
+def row(engine: str, sparsity: float, **figures: Any) -> Row:
+    return Row(
+        model="m",
+        bundle=f"b{sparsity}",
+        engine=engine,
+        flavor="genai",
+        threads=1,
+        prompt_tokens=8,
+        new_tokens=8,
+        repetitions=1,
+        sparsity_asked=sparsity,
+        sparsity_achieved=sparsity,
+        file_bytes=1,
+        machine=MACHINE,
+        **figures,
+    )
+
+
+ROWS = [
+    row("onnxruntime", 0.0, speedup_fastest_dense=1.0, decode_ms_p50=30.0, perplexity=20.0),
+    row("sparse-packed32", 0.7, speedup_fastest_dense=1.8, decode_ms_p50=16.0, perplexity=25.0),
+    row("sparse-int8", 0.7, speedup_fastest_dense=3.0, decode_ms_p50=10.0, perplexity=26.0),
+    row("broken", 0.7, status="failed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ('speedup["sparse-int8"]@0.7 < 2.0', False),
+        ('speedup["sparse-packed32"]@0.7 < 2.0', True),
+        ('speedup["sparse"]@0.7 < 2.0', True),  # one of its formats is
+        ('speedup["sparse"]@0.7 < 1.8', False),
+        ('1.5 < speedup["sparse-int8"]@0.7 <= 3', True),
+        ('not speedup["sparse-int8"]@0.7 >= 3', False),
+        ('perplexity["sparse"]@0.7 > 1.28 * perplexity["onnxruntime"]@0', True),
+        ('perplexity["sparse-packed32"]@0.7 / perplexity["onnxruntime"]@0.0 - 1 > 0.3', False),
+        ('decode_ms["sparse-int8"]@0.7 > 5 and decode_ms_p50["onnxruntime"]@0 > -1', True),
+        ('decode_ms["sparse-int8"]@0.7 > 50 or decode_ms["onnxruntime"]@0 + 1 < 30', False),
+        ('speedup["broken"]@0.7 < 1', True),  # a row without the figure
+    ],
+)
+def test_a_condition_is_read_as_it_is_written(text: str, holds: bool) -> None:
+    assert parse_condition(text).holds(ROWS) is holds
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("speedup[", "never closed"),
+        ('speedup["a"]@0.7', "compares nothing"),
+        ('engine["a"]@0.7 < 1', "engine is not a figure"),
+        ('__class__["a"]@0.7 < 1', "not a figure"),
+        ('open("x") < 1', "cannot read"),
+        ('speedup["a"] < 1', "cannot read"),
+        ('speedup["a"]@0.7 == 1', "cannot read"),
+        ('speedup["a"]@0.7 < 2 ** 9', "cannot read"),
+        ('speedup["a"]@0.7 < True', "cannot read"),
+    ],
+)
+def test_anything_else_is_refused_before_anything_is_measured(
+    text: str, reason: str, tmp_path: Path, run_cli: RunCli
+) -> None:
+    with pytest.raises(UserError, match="--fail-if"):
+        parse_condition(text)
+    ran = run_cli("bench", tmp_path, "-o", tmp_path / "out", "--fail-if", text)
+    assert ran.code == 2
+    assert reason in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_a_condition_on_a_row_that_is_not_there_is_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"no row of 'sparse' at 0\.5; there are broken@0\.7"):
+        parse_condition('speedup["sparse"]@0.5 < 2').holds(ROWS)
