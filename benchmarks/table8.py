@@ -57,10 +57,9 @@ def main() -> None:
     arguments = parsed()
     try:
         report = Table8(arguments).run()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except CheckFailed as error:
-        sys.exit(f"failed: {error}")
+    except (UserError, CheckFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     Console(width=_TABLE_COLUMNS).print(terminal_table(read_rows(arguments.output / RESULTS)))
     print(report)
 
