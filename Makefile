@@ -29,10 +29,25 @@ STUDY_efficiency :=
 STUDY_sweep := $(STUDY_EVALUATION)
 STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
 
+# The paper's tables, of any model and with its texts: make table1 MODEL=… CALIBRATION=c4 TEXT=wikitext2 SAMPLES=128 SEQLEN=2048
+MODEL ?= demo
+CALIBRATION ?= demo
+SAMPLES ?= 32
+SEQLEN ?= 512
+TEXT ?= demo
+WINDOWS ?= 24
+TABLES ?= tables
+TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
+TASK_DATA ?=
+LIMIT ?=
+TABLE_CALIBRATION = --calibration $(CALIBRATION) --samples $(SAMPLES) --seqlen $(SEQLEN)
+TABLE_EVALUATION = --evaluate $(TEXT) $(if $(WINDOWS),--evaluate-windows $(WINDOWS))
+TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@ $(TABLE_CALIBRATION)
+
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies tinyllama offload kernels test lint install engines other-tools cross clean
+.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -43,6 +58,23 @@ studies: $(addprefix study-,$(STUDY_NAMES))  ## the paper's studies on SmolLM2-1
 
 study-%: install
 	$(BIN)/owl-deploy study $* demo -o $(STUDIES)/$* $(STUDY_TEXT) $(STUDY_$*)
+
+table1: install  ## perplexity at 70% by method, uniform and with OWL
+	$(call TABLE,methods) $(TABLE_EVALUATION) --methods magnitude,wanda,sparsegpt --sparsities 0.7
+
+table4: install  ## perplexity at 10% to 80% by allocation, with Wanda
+	$(call TABLE,allocation) $(TABLE_EVALUATION) --sparsities 0.1:0.8:0.1
+
+table5: install  ## accuracy at seven zero-shot tasks, from the hub or TASK_DATA="hellaswag=FILE …"; LIMIT=examples of each
+	$(call TABLE,zero-shot) --sparsities 0.7 --tasks $(TASKS) $(TASK_DATA:%=--task-data %) $(if $(LIMIT),--limit $(LIMIT))
+
+table7: install  ## seconds for the pruning metric
+	$(call TABLE,efficiency) --sparsities 0.7
+
+# MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
+table8: install engines  ## decode latency at 10% to 90% in DeepSparse, ONNX Runtime and our engine: 30 GB of disk
+	$(BIN)/python benchmarks/table8.py $(TABLES)/$(if $(filter demo,$(MODEL)),tinyllama-geometry,$(notdir $(MODEL)))/$@ \
+	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(TABLE_CALIBRATION) --text $(TEXT))
 
 # Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.
 tinyllama: install  ## decode and prefill of every sparse format against dense fp32 and int4

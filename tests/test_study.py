@@ -402,7 +402,7 @@ def test_what_cannot_be_studied_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "name", ["lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods"]
+    "name", ["lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods", "zero-shot"]
 )
 def test_help_has_an_example(name: str, run_cli: RunCli) -> None:
     ran = run_cli("study", name, "--help")

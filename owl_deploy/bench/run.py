@@ -63,9 +63,18 @@ class Request:
 
 
 def bench_bundles(
-    bundles: Sequence[Path], engines: Sequence[EngineSpec], request: Request, out: Path, *, reporter: Reporter
+    bundles: Sequence[Path],
+    engines: Sequence[EngineSpec],
+    request: Request,
+    out: Path,
+    *,
+    command: str | None = None,
+    reporter: Reporter,
 ) -> tuple[list[Row], Path]:
     """Measure every engine on every bundle; the rows, and the path of the report.
+
+    Args:
+        command: the command line that the report names; None for this process's own.
 
     What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
     workloads stay in the report.
@@ -99,7 +108,8 @@ def bench_bundles(
             )
             bench.run()
             rows += make_rows(bench, workload, machine)
-            report = write_report(merged([known, rows]), out, command=" ".join(["owl-deploy", *sys.argv[1:]]))
+            asked = command or " ".join(["owl-deploy", *sys.argv[1:]])
+            report = write_report(merged([known, rows]), out, command=asked)
     return rows, report
 
 

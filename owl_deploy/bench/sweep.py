@@ -92,10 +92,10 @@ def make_level(level: Level, reporter: Reporter) -> None:
             statistics_file=level.out / "statistics.safetensors",
             reporter=reporter,
         )
-    _export(directory / "checkpoint", directory / "bundle", level.engines, reporter)
+    _export(directory / "checkpoint", directory / "bundle", level.source.name, level.engines, reporter)
 
 
-def _export(checkpoint: Path, bundle: Path, engines: Sequence[EngineSpec], reporter: Reporter) -> None:
+def _export(checkpoint: Path, bundle: Path, name: str, engines: Sequence[EngineSpec], reporter: Reporter) -> None:
     """The flavor that each engine runs best; the next best ones where a family has no graph of that flavor."""
     best = list(dict.fromkeys(engine.flavors[0] for engine in engines))
     reference = engine_spec("onnxruntime").flavors  # what other engines' logits are compared with
@@ -103,10 +103,10 @@ def _export(checkpoint: Path, bundle: Path, engines: Sequence[EngineSpec], repor
         best.append(reference[0])
     others = list(dict.fromkeys(flavor for engine in engines for flavor in engine.flavors[1:]))
     try:
-        made = set(export_checkpoint(checkpoint, bundle, best, reporter=reporter).flavors)
+        made = set(export_checkpoint(checkpoint, bundle, best, name=name, reporter=reporter).flavors)
     except UnsupportedFamily:
         if not others:
             raise
         made = set()
     if not all(made & set(engine.flavors) for engine in engines) and others:
-        export_checkpoint(checkpoint, bundle, others, reporter=reporter)
+        export_checkpoint(checkpoint, bundle, others, name=name, reporter=reporter)

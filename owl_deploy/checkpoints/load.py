@@ -201,6 +201,19 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         raise UserError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error
 
 
+def require_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, source: ModelSource, purpose: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, which is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if tokenizer is None:
+        raise UserError(f"{source.name}: has no tokenizer, which {purpose} needs; copy its files into the directory")
+    return tokenizer
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence the model was made for, in tokens; None when its config names no limit."""
     config = model.config.get_text_config()

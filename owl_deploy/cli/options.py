@@ -36,6 +36,15 @@ HalfRange = Annotated[
 Seqlen = Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 2048.")]
 EvaluateWindows = Annotated[Optional[int], typer.Option(min=1, help="Evaluate on this many windows only.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
+TaskData = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        metavar="TASK=FILE",
+        help="Read a task's examples from a .jsonl or .parquet file, with its hub data set's columns. Repeatable.",
+    ),
+]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="Ask only this many examples of each task. Default: all.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of a task that are computed at once.")]
 
 MODEL_HELP = "Hub id, local directory, .gguf file, or `demo` (SmolLM2-135M-Instruct from the demo extra)."
 
@@ -50,6 +59,17 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     if not all(name.isascii() and name.isdecimal() and int(name) > 0 for name in names):
         raise UserError(f"{option} {text}: give positive whole numbers, for example 1,512")
     return tuple(sorted({int(name) for name in names}))
+
+
+def need_tasks(**given: object) -> None:
+    """Refuse options that say something of tasks where none are asked for.
+
+    Raises:
+        UserError: one was given.
+    """
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--{name.replace('_', '-')} is of --tasks; give some, or leave it out")
 
 
 def use_threads(threads: int | None) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from owl_deploy.cli import options
+from owl_deploy.evaluation.tasks import DEFAULT_BATCH, PAPER_TASKS, TaskRequest
 from owl_deploy.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def lod(
     from owl_deploy.studies.lod import lod as study
 
     pruned = levels(sparsities) if sparsities else []
-    asked = study(numbers(m, "--m"), pruned, [name.strip() for name in methods.split(",")])
+    asked = study(numbers(m, "--m"), pruned, _names(methods))
     texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
     _run(asked, model, output, *texts, threads=threads, json=json, quiet=quiet)
 
@@ -260,6 +261,9 @@ def methods(
     model: Model,
     output: Output,
     sparsities: Sparsities = "0.5:0.8:0.1",
+    methods: Annotated[
+        Optional[str], typer.Option("--methods", help="Only these, for example magnitude,wanda,sparsegpt: Table 1's.")
+    ] = None,
     calibration: options.Calibration = "c4",
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -276,13 +280,61 @@ def methods(
 
         owl-deploy study methods demo -o methods --calibration demo --samples 32 --seqlen 512 --evaluate demo
 
-        owl-deploy study methods ./model -o methods --sparsities 0.7
+        owl-deploy study methods ./model -o table1 --methods magnitude,wanda,sparsegpt --sparsities 0.7
     """
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.compare import methods as study
 
+    asked = study(levels(sparsities), _names(methods) if methods else ())
     texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(study(levels(sparsities)), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    _run(asked, model, output, *texts, threads=threads, json=json, quiet=quiet)
+
+
+@app.command()
+def zero_shot(
+    model: Model,
+    output: Output,
+    sparsities: Sparsities = "0.7",
+    methods: Annotated[str, typer.Option(help="Prune by these methods.")] = "magnitude,wanda,sparsegpt",
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval.")] = ",".join(PAPER_TASKS),
+    task_data: options.TaskData = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = DEFAULT_BATCH,
+    calibration: options.Calibration = "c4",
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = 0,
+    evaluate: Annotated[
+        Optional[str], typer.Option(metavar="SPEC", help="Also measure perplexity on this text.")
+    ] = None,
+    evaluate_windows: options.EvaluateWindows = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Accuracy at seven zero-shot tasks, each method uniform and with OWL (paper, Table 5).
+
+    Needs the `tasks` extra; the tasks' data comes from the hub, or from files given with --task-data.
+
+    Examples:
+
+        owl-deploy study zero-shot demo -o zero-shot --calibration demo --samples 32 --seqlen 512
+            --tasks hellaswag --task-data hellaswag=validation.jsonl --limit 500
+
+        owl-deploy study zero-shot ./model -o zero-shot --methods wanda,admm --sparsities 0.5,0.7
+    """
+    from owl_deploy.evaluation.tasks import parse_tasks
+    from owl_deploy.studies.cells import levels
+    from owl_deploy.studies.zero_shot import zero_shot as study
+
+    request = parse_tasks(tasks, task_data or (), limit, batch_size)
+    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
+    asked = study(levels(sparsities), _names(methods))
+    _run(asked, model, output, *texts, request, threads=threads, json=json, quiet=quiet)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _run(
@@ -291,6 +343,7 @@ def _run(
     output: Path,
     calibration: tuple[str, int | None, int | None, int],
     evaluate: tuple[str | None, int | None],
+    tasks: TaskRequest | None = None,
     *,
     threads: int | None,
     json: bool,
@@ -316,6 +369,7 @@ def _run(
         study,
         wanted,
         Evaluation(text, wanted.seqlen, windows) if text else None,
+        tasks,
         reporter=Reporter(quiet=quiet),
     )
     report = write_study(study, result, output)

@@ -16,6 +16,7 @@ from owl_deploy.export.tensors import external_array
 
 _HASH_SEED = 0
 _HASHED_ROWS = 48  # enough to tell columns apart; what matches is then compared in full
+_STRIP = 64  # columns of a matrix that are compared together
 _NAMED = 3  # missing weights named in the error
 
 
@@ -101,7 +102,13 @@ def _find(name: str, weight: NDArray[np.float32], tensors: Iterable[_Initializer
             if rows != inputs or columns < outputs:
                 continue
             for column in np.flatnonzero(layout.hashes == first_hash):
-                if np.array_equal(layout.values[:, column : column + outputs], weight.T):
+                if _equal(layout.values[:, column : column + outputs], weight):
                     zeros = int(weight.size - np.count_nonzero(weight))
                     return AuditedWeight(name, tensor.name, int(column), weight.size, zeros)
     return None
+
+
+def _equal(matrix: NDArray[np.float32], weight: NDArray[np.float32]) -> bool:
+    """Whether a matrix [in, out] is the transpose of a weight [out, in]; in strips, as one of them is read across."""
+    strips = (slice(first, first + _STRIP) for first in range(0, len(weight), _STRIP))
+    return all(np.array_equal(matrix[:, strip], weight[strip].T) for strip in strips)

@@ -55,12 +55,14 @@ def export_checkpoint(
     flavors: Sequence[Flavor],
     *,
     head: Head | None = None,
+    name: str | None = None,
     reporter: Reporter = SILENT,
 ) -> BundleManifest:
     """Export `checkpoint` into the directory `out`; what is already there of the same checkpoint is not made again.
 
     Args:
         head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
+        name: what the model is called, if owl-deploy did not prune it; by default its directory.
 
     Every graph is audited (all weights in it, unchanged) and compared with torch before the bundle appears. Where
     several flavors are asked for, one that has no exporter for the family is left out and named in the manifest.
@@ -94,10 +96,14 @@ def export_checkpoint(
         records: dict[Flavor, FlavorRecord] = {}
         unsupported: dict[Flavor, str] = {}
         dense = _DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
-        for flavor in flavors:
+        if made is not None and "genai" in made.flavors:
+            dense.use(out / "genai", made.flavors["genai"].audit)
+        for flavor in sorted(flavors, key=lambda flavor: weights_of(flavor) is not None):  # packed ones last
             reporter.step(f"exporting {flavor}")
             try:
                 records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, dense, head)
+                if flavor == "genai":
+                    dense.use(staging / flavor, records[flavor].audit)
             except UnsupportedFamily as error:
                 if len(flavors) == 1:
                     raise
@@ -113,7 +119,7 @@ def export_checkpoint(
             raise UserError(f"{checkpoint}: no exporter knows this family: {'; '.join(unsupported.values())}")
         else:
             manifest = BundleManifest(
-                model=pruned.model if pruned else source.name,
+                model=pruned.model if pruned else name or source.name,
                 checkpoint_sha256=checkpoint_sha256,
                 family=type(model).__name__,
                 method=str(pruned.plan["method"]) if pruned else None,
@@ -175,13 +181,18 @@ def _export(
 
 
 class _DenseGraph:
-    """The graph of onnxruntime-genai that the sparse flavors are made from; made when first asked for."""
+    """The graph of onnxruntime-genai that the sparse flavors are made from: the bundle's, or made when asked for."""
 
     def __init__(self, checkpoint: Path, directory: Path, model: PreTrainedModel, has_tokenizer: bool) -> None:
-        self.directory = directory
+        self.directory = self._made_in = directory
         self.model = model
         self._checkpoint = checkpoint
         self._has_tokenizer = has_tokenizer
+
+    def use(self, directory: Path, audit: AuditRecord | None) -> None:
+        """Take the genai flavor of the bundle: the same graph, of the same weights."""
+        if audit is not None:
+            self.directory, self.audit = directory, audit
 
     @cached_property
     def audit(self) -> AuditRecord:
@@ -192,7 +203,7 @@ class _DenseGraph:
         return _audit(self.directory / GRAPH, self.model)
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._made_in, ignore_errors=True)
 
 
 def _pack(
@@ -281,7 +292,9 @@ def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:
 def _sparsity(model: PreTrainedModel) -> float:
     """Zeros among the weights of its blocks' linears."""
     weights = [linear.weight for block in find_blocks(model) for linear in block.linears.values()]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    nonzero = sum(int(np.count_nonzero(weight.detach().numpy())) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    return (total - nonzero) / total
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

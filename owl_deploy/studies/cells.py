@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from matplotlib.figure import Figure
+from pydantic import Field
 
 from owl_deploy.errors import UserError
+from owl_deploy.evaluation.tasks import TaskAccuracy
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.manifest import Record, TextRecord, fingerprint
 from owl_deploy.pruning.plan import PruningPlan
@@ -37,6 +39,7 @@ class CellRecord(Record):
         linear_sparsities: as achieved, by the linear's full name; their zeros over their weights.
         sparsity_achieved: of all linears.
         perplexity: in torch, fp32; None where no text was given.
+        tasks: accuracy at zero-shot tasks, in torch, fp32; empty where none were asked.
         lod_percent: D of each block after pruning, by M (as text): its scores are compared with the dense block's mean.
         metric_seconds: wall-clock time of the allocation and of each linear's pruning, without any forward pass.
         metric_cpu_seconds: the same, summed over threads.
@@ -50,10 +53,26 @@ class CellRecord(Record):
     sparsity_achieved: float
     linear_sparsities: dict[str, float]
     perplexity: float | None
+    tasks: list[TaskAccuracy] = Field(default_factory=list)
     lod_percent: dict[str, list[float]]
     metric_seconds: float
     metric_cpu_seconds: float
     seconds: float
+
+
+class TasksRecord(Record):
+    """Which zero-shot tasks were asked.
+
+    Attributes:
+        examples: how many of each task.
+        files: where they came from, by task; the others came from the hub.
+        sha256: over all prompts, answers and solutions.
+    """
+
+    examples: dict[str, int]
+    files: dict[str, str]
+    sha256: str
+    lm_eval_version: str
 
 
 class StudyRecord(Record):
@@ -66,6 +85,7 @@ class StudyRecord(Record):
     block_names: list[str]
     calibration: TextRecord
     evaluation: TextRecord | None
+    tasks: TasksRecord | None = None
     threads: int
     cpu: str
     inputs_sha256: str

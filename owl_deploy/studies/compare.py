@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from owl_deploy.errors import UserError
 from owl_deploy.pruning.plan import NM, Allocation, Granularity, Method, MixedNM, PruningPlan
 from owl_deploy.report.text import percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
@@ -90,9 +91,19 @@ def n_of_m() -> Study:
     return _study("nm", title, cells, paper, "paper's Table 10", note, curves=("allocation",))
 
 
-def methods(sparsities: Sequence[float]) -> Study:
-    """Every method with a uniform allocation and with OWL's, and ADMM in its parts (paper, Table 1)."""
+def methods(sparsities: Sequence[float], only: Sequence[str] = ()) -> Study:
+    """Every method with a uniform allocation and with OWL's, and ADMM in its parts (paper, Table 1).
+
+    Args:
+        only: these methods; by default all.
+
+    Raises:
+        UserError: one of them is not in this study.
+    """
     plain: tuple[Method, ...] = ("magnitude", "wanda", "wanda-variant", "ria", "sparsegpt")
+    for name in only:
+        if name not in (*plain, "admm"):
+            raise UserError(f"--methods: {name!r} is not in this study; choose from {', '.join((*plain, 'admm'))}")
     variants: list[tuple[Method, dict[str, Any], Sequence[Allocation]]] = [
         *((method, {}, ("uniform", "owl")) for method in plain),
         *(("admm", parts, ("uniform", "owl")) for parts in _ADMM[:-1]),
@@ -110,6 +121,7 @@ def methods(sparsities: Sequence[float]) -> Study:
         )
         for sparsity in sparsities
         for method, parts, names in variants
+        if not only or method in only
         for name in names
     ]
 
@@ -118,12 +130,13 @@ def methods(sparsities: Sequence[float]) -> Study:
             return None
         return TABLE_1.get((cell.labels["method"], cell.labels["allocation"]))
 
-    note = (
+    of_admm = (
         "Of admm: target dense fits the dense model's stream, layer each linear's own output; statistics block sees "
         "what blocks before it became, linear also the linears before it."
     )
+    notes = [of_admm] if any(cell.plan.method == "admm" for cell in cells) else []
     curves = ("method", "target", "statistics")
-    return _study("methods", "Methods", cells, paper, "paper's Table 1", note, curves=curves, panels="allocation")
+    return _study("methods", "Methods", cells, paper, "paper's Table 1", *notes, curves=curves, panels="allocation")
 
 
 def sweep(sparsities: Sequence[float], method: str, m: Sequence[float], lambdas: Sequence[float]) -> Study:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.allocation.owl import outlier_percent
 from owl_deploy.bench.machine import cpu_model
-from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer
+from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer, require_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.checkpoints.structure import Block, find_blocks
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
+from owl_deploy.evaluation.tasks import TaskAccuracy, TaskRequest
 from owl_deploy.files import disk_errors, locked, write_text
 from owl_deploy.pruning.allocate import allocate
 from owl_deploy.pruning.dense import measure_dense
@@ -28,8 +32,11 @@ from owl_deploy.pruning.stream import in_fp32
 from owl_deploy.pruning.weights import InMemory, restored
 from owl_deploy.report.text import number, perplexity_text
 from owl_deploy.reporting import SILENT, Reporter
-from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult
+from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult, TasksRecord
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
+
+if TYPE_CHECKING:  # lm-eval is an extra
+    from owl_deploy.evaluation.zero_shot import ZeroShotTasks
 
 RECORD, CELLS = "study.json", "cells.jsonl"
 
@@ -40,13 +47,15 @@ def run_study(
     study: Study,
     calibration: Calibration,
     evaluation: Evaluation | None = None,
+    tasks: TaskRequest | None = None,
     *,
     reporter: Reporter = SILENT,
 ) -> StudyResult:
     """Measure the cells of `study` that the directory `out` lacks, and keep each there as soon as it is done.
 
     Raises:
-        UserError: something is wrong with the model or a text; or `out` holds something else, or cells of other inputs.
+        UserError: something is wrong with the model, a text or a task; or `out` holds something else, or cells of other
+            inputs.
     """
     tokenizer = load_tokenizer(source)
     windows = calibration_windows(
@@ -55,12 +64,19 @@ def run_study(
     evaluated = None
     if evaluation is not None:
         evaluated = evaluation_windows(evaluation.spec, tokenizer, seqlen=evaluation.seqlen, limit=evaluation.windows)
+    asked = None
+    if tasks is not None:
+        from owl_deploy.evaluation.zero_shot import ZeroShotTasks
+
+        asked = _Asked(tasks, ZeroShotTasks(tasks), require_tokenizer(tokenizer, source, "--tasks"))
     inputs: dict[str, object] = {
         "study": study.name,
         "model": source.fingerprint(),
         "calibration": windows.sha256,
         "evaluation": evaluated.sha256 if evaluated else None,
     }
+    if asked:
+        inputs |= {"tasks": asked.tasks.sha256}
     if study.is_timed:
         inputs |= {"threads": torch.get_num_threads(), "cpu": cpu_model()}
     with locked(out):
@@ -70,8 +86,8 @@ def run_study(
         if len(missing) < len(cells):
             reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells are there already")
         if missing:
-            bench = _Bench(source, study, windows, evaluated)
-            record = _describe(source, study, inputs, bench.blocks, windows, evaluated)
+            bench = _Bench(source, study, windows, evaluated, asked)
+            record = _describe(source, study, inputs, bench.blocks, windows, evaluated, asked)
             with disk_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
             write_text(out / RECORD, record.model_dump_json(indent=2) + "\n")
@@ -87,10 +103,29 @@ def run_study(
 _MEND = "delete it, and the cells beside it, and run the study again"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """Zero-shot tasks with their examples, and the model's tokenizer."""
+
+    request: TaskRequest
+    tasks: ZeroShotTasks
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def record(self) -> TasksRecord:
+        return TasksRecord(
+            examples=self.tasks.examples,
+            files={name: str(path) for name, path in self.request.data.items()},
+            sha256=self.tasks.sha256,
+            lm_eval_version=importlib.metadata.version("lm_eval"),
+        )
+
+
 def _outcome(cell: CellRecord) -> str:
-    if cell.perplexity is None:
-        return f"{number(cell.seconds)} s"
-    return f"perplexity {perplexity_text(cell.perplexity)}"
+    figures = [str(one) for one in cell.tasks]
+    if cell.perplexity is not None:
+        figures.insert(0, f"perplexity {perplexity_text(cell.perplexity)}")
+    return "; ".join(figures) or f"{number(cell.seconds)} s"
 
 
 def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:
@@ -117,7 +152,12 @@ class _Bench:
     """The dense model with its statistics, on which one cell is measured after the other."""
 
     def __init__(
-        self, source: ModelSource, study: Study, windows: TokenWindows, evaluated: TokenWindows | None
+        self,
+        source: ModelSource,
+        study: Study,
+        windows: TokenWindows,
+        evaluated: TokenWindows | None,
+        asked: _Asked | None,
     ) -> None:
         self._model = load_model(source)
         self.blocks = find_blocks(self._model)
@@ -127,6 +167,7 @@ class _Bench:
         self._weights = InMemory()
         self._ids = windows.ids
         self._evaluated = evaluated
+        self._asked = asked
         self._lod_m = study.lod_m
         self._dense = measure_dense(self._model, self.blocks, self._ids, self._weights)
         self._means = [self._mean_score(block) for block in self.blocks] if study.lod_m else []
@@ -149,10 +190,13 @@ class _Bench:
                 timed=watch.running,
             )
             lod = {f"{m:g}": self._lod(m) for m in self._lod_m}
-            value = None
-            if self._evaluated is not None:
+            value, accuracies = None, list[TaskAccuracy]()
+            if self._evaluated is not None or self._asked is not None:
                 with in_fp32(self._model):  # as `prune --evaluate` does, whatever dtype the weights are stored in
-                    value = perplexity(self._model, self._evaluated.ids)
+                    if self._evaluated is not None:
+                        value = perplexity(self._model, self._evaluated.ids)
+                    if self._asked is not None:
+                        accuracies = self._asked.tasks.accuracies(self._model, self._asked.tokenizer)
         return CellRecord(
             key=key,
             labels=cell.labels,
@@ -162,6 +206,7 @@ class _Bench:
             / sum(one.weights for one in records),
             linear_sparsities=_by_linear(records),
             perplexity=value,
+            tasks=accuracies,
             lod_percent=lod,
             metric_seconds=watch.seconds,
             metric_cpu_seconds=watch.cpu_seconds,
@@ -209,6 +254,7 @@ def _describe(
     blocks: Sequence[Block],
     windows: TokenWindows,
     evaluated: TokenWindows | None,
+    asked: _Asked | None,
 ) -> StudyRecord:
     return StudyRecord(
         study=study.name,
@@ -217,6 +263,7 @@ def _describe(
         block_names=[block.name for block in blocks],
         calibration=_text_record(windows),
         evaluation=_text_record(evaluated) if evaluated else None,
+        tasks=asked.record if asked else None,
         threads=torch.get_num_threads(),
         cpu=cpu_model(),
         inputs_sha256=fingerprint(inputs),

@@ -43,6 +43,9 @@ def _setting(result: StudyResult) -> str:
     parts = [escaped(study.model), f"calibrated on {_windows(study.calibration)}"]
     if study.evaluation is not None:
         parts.append(f"perplexity in torch, fp32, on {_windows(study.evaluation)}")
+    if study.tasks is not None:
+        counts = ", ".join(f"{count} of {name}" for name, count in study.tasks.examples.items())
+        parts.append(f"zero-shot in torch, fp32, with lm-eval {study.tasks.lm_eval_version}: {counts} examples")
     return f"{'; '.join(parts)}. owl-deploy {study.versions['owl-deploy']}, torch {study.versions['torch']}."
 
 

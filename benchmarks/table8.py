@@ -1,0 +1,230 @@
+"""The paper's Table 8: decode latency by sparsity at TinyLlama-1.1B's geometry, one level after the other.
+
+    python benchmarks/table8.py OUT [--model MODEL --calibration TEXT --text TEXT] [--sparsities 0.1:0.9:0.1]
+        [--engines deepsparse,onnxruntime,sparse] [--prompt 64] [--new-tokens 12] [--repetitions 3] …
+
+Each level is pruned, exported, measured beside the dense model, and deleted again, so that ten levels take the disk of
+two: 30 GB at 1.1B parameters in fp32. Results gather in OUT as `owl-deploy bench` writes them. A run that was killed
+goes on with the level it was in; levels whose rows are there are skipped.
+
+Without --model the weights are random. They have no outliers, so OWL would have nothing to go by: blocks are pruned by
+magnitude, from S - 0.08 for the first to S + 0.08 for the last, which is as uneven as OWL with its lambda of 0.08. With
+--model, OWL and Wanda prune a real checkpoint on calibration text, and perplexity is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from random_checkpoint import add_geometry, geometry, write_random
+from rich.console import Console
+
+from owl_deploy.bench.machine import available_cores
+from owl_deploy.bench.rows import RESULTS, read_rows
+from owl_deploy.bench.run import Request, bench_bundles
+from owl_deploy.bench.sweep import Level, make_level
+from owl_deploy.checkpoints.source import ModelSource, resolve_model
+from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines
+from owl_deploy.errors import CheckFailed, UserError
+from owl_deploy.export.bundle import MANIFEST
+from owl_deploy.files import read_json, staged_directory, write_json
+from owl_deploy.pruning.levels import parse_sparsities
+from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.pruning.run import Calibration
+from owl_deploy.report.tables import terminal_table
+from owl_deploy.reporting import Reporter
+
+HALF_RANGE = 0.08  # of block sparsities: OWL's lambda (paper, Table 15)
+RANDOM = {"method": "magnitude", "allocation": "linear", "half_range": HALF_RANGE}
+REAL = {"method": "wanda", "allocation": "owl"}
+WORK = "work"
+INPUTS = "inputs.json"
+_TABLE_COLUMNS = 200
+
+
+def main() -> None:
+    arguments = parsed()
+    try:
+        report = Table8(arguments).run()
+    except (UserError, CheckFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    Console(width=_TABLE_COLUMNS).print(terminal_table(read_rows(arguments.output / RESULTS)))
+    print(report)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", help="hub id or directory of a real model; default: random weights")
+    parser.add_argument("--calibration", default="c4", help="of --model, as for `owl-deploy prune`")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seqlen", type=int, help="tokens per calibration window")
+    parser.add_argument("--text", default="wikitext2", help="of --model: for its prompt and perplexity")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows")
+    parser.add_argument("--sparsities", default="0.1:0.9:0.1", help="the dense level is always measured")
+    parser.add_argument("--engines", default="deepsparse,onnxruntime,sparse")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--max-load", type=float, default=1.0)
+    parser.add_argument("--keep", action="store_true", help="do not delete the dense level's files in the end")
+    add_geometry(parser)
+    return parser.parse_args()
+
+
+class Table8:
+    """One run over all levels."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._out: Path = arguments.output
+        self._work = self._out / WORK
+        self._reporter = Reporter()
+        self._sparsities = [level for level in parse_sparsities(arguments.sparsities) if level > 0]
+        self._engines = installed_engines(arguments.engines)
+        # ONNX Runtime's dense graph is what all else is measured against; there is nothing in packing dense weights.
+        dense = [spec for spec in self._engines if "sparse" not in spec.name]
+        self._dense_engines = list(dict.fromkeys([*dense, engine_spec("onnxruntime")]))
+
+    def run(self) -> Path:
+        """Measure the levels that are missing; the path of the report."""
+        self._check_inputs()
+        report = self._out / "report.md"
+        missing = [sparsity for sparsity in self._sparsities if not self._is_measured(sparsity)]
+        self._reporter.step(f"{len(self._sparsities) - len(missing)} of {len(self._sparsities)} levels are there")
+        if missing:
+            self._step("dense", "checkpoint", self._make_dense)
+            self._step("dense", "export", lambda: self._make(PruningPlan(0.0), self._dense_engines))
+        for sparsity in missing:
+            directory = self._directory(sparsity)
+            plan = PruningPlan(sparsity, **(REAL if self._arguments.model else RANDOM))
+            self._step(f"{sparsity:g}", "prune and export", lambda plan=plan: self._make(plan, self._engines))
+            shutil.rmtree(directory / "checkpoint")
+            report = self._step(f"{sparsity:g}", "measure", lambda directory=directory: self._measure(directory))
+            shutil.rmtree(directory)
+        if not self._arguments.keep:
+            shutil.rmtree(self._work, ignore_errors=True)
+        return report
+
+    def _check_inputs(self) -> None:
+        """Refuse to mix results of different models.
+
+        Raises:
+            UserError: the directory holds results of another model, or something else.
+        """
+        of_model = self._arguments.model or geometry(self._arguments)
+        texts = {name: getattr(self._arguments, name) for name in ("calibration", "samples", "seqlen", "text")}
+        inputs = {"model": of_model, **(texts if self._arguments.model else {})}
+        file = self._out / INPUTS
+        if file.is_file():
+            if read_json(file) != inputs:
+                raise UserError(f"{self._out}: holds Table 8 of another model or text; choose another directory")
+            return
+        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
+            raise UserError(f"{self._out}: is not empty, and holds no Table 8; choose another directory")
+        self._out.mkdir(parents=True, exist_ok=True)
+        write_json(file, inputs)
+
+    def _directory(self, sparsity: float) -> Path:
+        return self._work / f"{sparsity:g}"
+
+    def _is_measured(self, sparsity: float) -> bool:
+        """Whether every engine has a row of this level and workload."""
+        if not (self._out / RESULTS).is_file():
+            return False
+        asked = self._arguments
+        found = {
+            row.engine
+            for row in read_rows(self._out / RESULTS)
+            if row.status == "ok"
+            and row.bundle == str(self._directory(sparsity) / "bundle")
+            and (row.threads, row.prompt_tokens, row.new_tokens) == (asked.threads, asked.prompt, asked.new_tokens)
+            and row.repetitions >= asked.repetitions
+        }
+        return found >= {spec.name for spec in self._engines}
+
+    def _make_dense(self) -> None:
+        """The dense checkpoint: written, or linked to."""
+        checkpoint = self._directory(0) / "checkpoint"
+        if checkpoint.exists():
+            return
+        if self._arguments.model:
+            source = resolve_model(self._arguments.model)
+            if source.is_gguf:
+                raise UserError(f"{source.name}: make a checkpoint of it first: owl-deploy prune --sparsity 0")
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.symlink_to(source.path.resolve(), target_is_directory=True)
+        else:
+            with staged_directory(checkpoint, manifest="config.json") as staging:
+                write_random(staging, geometry(self._arguments))
+
+    def _make(self, plan: PruningPlan, engines: list[EngineSpec]) -> None:
+        """Prune and export a level in a process of its own, whose memory is free again when engines are measured."""
+        if (self._directory(plan.sparsity) / "bundle" / MANIFEST).is_file():
+            return
+        source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
+        texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
+        level = Level(source, self._work, plan, texts, tuple(engines))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_make_level, level).result()
+
+    def _measure(self, directory: Path) -> Path:
+        asked = self._arguments
+        request = Request(
+            prompts=(asked.prompt,),
+            batches=(1,),
+            new_tokens=asked.new_tokens,
+            repetitions=asked.repetitions,
+            threads=asked.threads,
+            text=asked.text if asked.model else None,
+            seqlen=None,
+            windows=asked.windows,
+            max_load=asked.max_load,
+            dense_only=tuple(spec for spec in self._dense_engines if spec not in self._engines),
+        )
+        bundles = [self._directory(0) / "bundle", directory / "bundle"]
+        engines = list(dict.fromkeys([*self._engines, *self._dense_engines]))
+        command = shlex.join(["python", *sys.argv])
+        _, report = bench_bundles(bundles, engines, request, self._out, command=command, reporter=self._reporter)
+        return report
+
+    def _step(self, level: str, name: str, work: Callable[[], Any]) -> Any:
+        """Do a part of the work, and note in `steps.csv` what it took, of all processes together."""
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        result = work()
+        seconds, cpu_seconds = time.perf_counter() - wall, _cpu_seconds() - cpu
+        file = self._out / "steps.csv"
+        is_new = not file.is_file()
+        with file.open("a", newline="") as lines:
+            writer = csv.writer(lines, lineterminator="\n")
+            if is_new:
+                writer.writerow(["level", "step", "seconds", "cpu_seconds"])
+            writer.writerow([level, name, f"{seconds:.1f}", f"{cpu_seconds:.1f}"])
+        self._reporter.step(f"{level}: {name} took {seconds:.0f} s, {cpu_seconds:.0f} CPU-seconds")
+        return result
+
+
+def _make_level(level: Level) -> None:
+    make_level(level, Reporter())
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`benchmarks/table8.py` on a model of a few kilobytes: levels gather, and are not made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.bench.rows import Row, read_rows
+from owl_deploy.errors import UserError
+from owl_deploy.sparse.library import library_path
+
+from .conftest import TESTS
+
+ROOT = TESTS.parent
+GEOMETRY = ["--blocks", "2", "--hidden-size", "64", "--feed-forward", "128", "--heads", "4", "--kv-heads", "2"]
+WORKLOAD = ["--prompt", "8", "--new-tokens", "2", "--repetitions", "1", "--threads", "1", "--max-load", "99"]
+
+
+def table8(out: Path, sparsities: str, *options: str) -> subprocess.CompletedProcess[str]:
+    engines = ["--engines", "onnxruntime,sparse-packed32"]
+    command = [sys.executable, "benchmarks/table8.py", str(out), *GEOMETRY, "--words", "96", *WORKLOAD, *engines]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    asked = [*command, "--sparsities", sparsities, *options]
+    return subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def of(rows: list[Row]) -> list[tuple[str, float | None]]:
+    return sorted((row.engine, row.sparsity_asked) for row in rows if not row.is_dense)
+
+
+def test_levels_join_those_that_are_there(tmp_path: Path) -> None:
+    try:
+        library_path()
+    except UserError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "out"
+    first = table8(out, "0.5", "--keep")
+    assert first.returncode == 0, first.stderr
+    assert sorted(path.name for path in (out / "work").iterdir() if path.is_dir()) == ["0"]
+    before = read_rows(out / "results.jsonl")
+    assert of(before) == [("onnxruntime", 0.5), ("sparse-packed32", 0.5)]
+    assert {row.model for row in before} == {"random weights"}
+    assert {(row.method, row.allocation) for row in before if not row.is_dense} == {("magnitude", "linear")}
+    assert all(row.status == "ok" and row.speedup_fastest_dense for row in before)
+
+    second = table8(out, "0.5,0.7")
+    assert second.returncode == 0, second.stderr
+    assert "1 of 2 levels are there" in second.stderr
+    after = read_rows(out / "results.jsonl")
+    assert of(after) == [(engine, level) for engine in ("onnxruntime", "sparse-packed32") for level in (0.5, 0.7)]
+    kept = {row.identity: row for row in after}
+    for row in before:
+        if not row.is_dense:
+            assert kept[row.identity] == row
+    assert not (out / "work").exists()
+    steps = [line.split(",")[:2] for line in (out / "steps.csv").read_text().splitlines()[1:]]
+    assert [step for level, step in steps if level in ("0.5", "0.7")] == ["prune and export", "measure"] * 2
+
+    measured = (out / "measurements.jsonl").read_bytes()
+    third = table8(out, "0.5,0.7")
+    assert third.returncode == 0, third.stderr
+    assert (out / "measurements.jsonl").read_bytes() == measured
+    assert not (out / "work").exists()
+
+    other = table8(out, "0.5", "--blocks", "1")
+    assert other.returncode == 2
+    assert "holds Table 8 of another model" in other.stderr
+    inputs = json.loads((out / "inputs.json").read_text())
+    assert inputs["model"]["num_hidden_layers"] == 2
