@@ -24,8 +24,15 @@ class Machine(Record):
     """Where a row was measured.
 
     Attributes:
-        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second; beside it with one
-            thread, and with one on every core.
+        cpu: as the system names it.
+        cores: that the process could run on.
+        instruction_set: the widest that the CPU has.
+        memory_bytes: of the whole machine.
+        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second.
+        memory_bandwidth_one_thread_gb_s, memory_bandwidth_all_threads_gb_s: the same with one thread, and with one on
+            every core.
+        system: the operating system and its version.
+        numa_nodes: parts of the memory, each near some of the cores; null where the system does not tell.
         instruction_sets: what the CPU has of those that matter here, the widest first.
         frequency_governor: of the first core; null where the system does not tell.
         container_cores, container_memory_bytes: what its control group allows; null for all there is.
@@ -50,6 +57,8 @@ class Spread(Record):
     """A ratio: the median over rounds, with the smallest and largest round.
 
     Attributes:
+        median: over rounds.
+        low, high: the smallest and the largest round.
         confidence_low, confidence_high: where the median lies at 95%, by bootstrap over rounds; null for one round.
     """
 
@@ -70,7 +79,9 @@ class Continuation(Record):
     """The greedy tokens after the prompt, beside those of another engine on the same weights.
 
     Attributes:
+        reference: the engine it is compared with.
         matching: how many of the first tokens are the same, of `tokens`.
+        tokens: how many were generated.
     """
 
     reference: str
@@ -79,7 +90,12 @@ class Continuation(Record):
 
 
 class Samples(Record):
-    """Every sample of a row, in milliseconds, round by round."""
+    """Every sample of a row, in milliseconds, round by round.
+
+    Attributes:
+        ttft: one per round.
+        decode: of each round, one per token after the first.
+    """
 
     ttft: list[float] = Field(default_factory=list)
     decode: list[list[float]] = Field(default_factory=list)
@@ -91,12 +107,21 @@ class Row(Record):
     A row whose engine could not run has `status` "failed" and says why in `error`; its figures are null.
 
     Attributes:
+        schema_version: of this schema.
+        status, error: whether the engine ran, and why not.
+        owl_deploy_version: of what measured.
+        model: as it was named when it was pruned or exported: a hub id or a path.
         method, allocation: how the checkpoint was pruned; null for one that owl-deploy did not prune.
         bundle: the bundle's directory.
+        engine: its name; see `owl-deploy engines list`.
         flavor, weights: the graph that was run, and its weight format.
+        threads: CPU threads the engine had.
+        batch: sequences decoded side by side.
+        prompt_tokens, new_tokens: of each sequence.
         sparsity_asked: null for a checkpoint that owl-deploy did not prune.
         sparsity_achieved: zeros among the block linears' weights, as audited in the graph.
         perplexity: in this engine, on the file that was timed; null without a tokenizer or text.
+        perplexity_text, perplexity_windows: the text it was computed on, and how many windows of it.
         ttft_ms_p50: from the prompt's ids to the first new token's id, median of rounds.
         prefill_tokens_per_s: prompt tokens over that, of all sequences.
         decode_ms_p50, decode_ms_p90, decode_ms_p99: per decoding step after the first token (TPOT), over all rounds.
@@ -107,7 +132,9 @@ class Row(Record):
         end_to_end_ms_p50: from the prompt's text to the end of the new text, tokenised and sampled, median of rounds.
         end_to_end_tokens_per_s: new tokens over that.
         decode_joules_per_token: of the CPU's packages, whatever else they did; null where it cannot be read.
+        speedup_same_engine_spread, speedup_fastest_dense_spread, speedup_any_precision_spread: of these over rounds.
         paper_speedup: the paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y).
+        load_ms: to load the model, the engine's imports included, median of rounds.
         peak_rss_bytes: of the engine's own process, load included.
         rss_growth_bytes: resident memory of one process after its last round less that after its first.
         file_bytes: the graph and its weights.
@@ -119,6 +146,7 @@ class Row(Record):
         repeatable: every round generated the same tokens.
         continuation: its greedy tokens beside ONNX Runtime's on the same weights; null for rounded weights.
         engine_facts: what the engine says of itself: version, instruction set, supported operators …
+        machine: where it was measured.
         samples_ms: every sample.
     """
 
@@ -182,7 +210,7 @@ class Row(Record):
     def identity(self) -> tuple[object, ...]:
         """Equal for rows of which the later one takes the earlier one's place: same measurement, same machine."""
         workload = (self.threads, self.batch, self.prompt_tokens, self.new_tokens)
-        return (self.engine, self.bundle, self.flavor, *workload, self.machine.cpu, self.machine.cores)
+        return (self.model, self.engine, self.bundle, self.flavor, *workload, self.machine.cpu, self.machine.cores)
 
 
 def merged(results: Iterable[Iterable[Row]]) -> list[Row]:
@@ -195,12 +223,32 @@ def read_rows(path: Path) -> list[Row]:
     """Read `results.jsonl`.
 
     Raises:
-        UserError: a line is not a row of this schema; it is named.
+        UserError: it cannot be read, or a line is not a row of this schema or an older one; it is named.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"{path}: cannot be read ({reason}); give a {RESULTS}, as `bench` writes it") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(Row.model_validate(json.loads(line)))
+            fields = json.loads(line)
+            version = fields.get("schema_version") if isinstance(fields, dict) else None
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                raise UserError(
+                    f"{path}:{number}: written by a newer owl-deploy (schema {version}, this one reads up to "
+                    f"{SCHEMA_VERSION}); update owl-deploy"
+                )
+            rows.append(Row.model_validate(fields))
         except (ValueError, ValidationError) as error:
-            raise UserError(f"{path}:{number}: not a result row ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{path}:{number}: not a result row ({_reason(error)})") from error
     return rows
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong with a line, in words; of a record, its first wrong field."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"

@@ -13,7 +13,7 @@ from owl_deploy.cli import options
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
 
-_TABLE_COLUMNS = 200  # where the table does not go to a terminal
+_TABLE_COLUMNS = 220  # where the table does not go to a terminal
 
 
 def bench(

@@ -29,8 +29,8 @@ class ParityRecord(Record):
 
     Attributes:
         reference: what computed the logits compared with.
-        positions: compared without and with a cache.
-        max_abs_difference: of any logit, at any position; without and with a cache.
+        positions, positions_with_past: compared without and with a cache.
+        max_abs_difference, max_abs_difference_with_past: of any logit, at any position; without and with a cache.
         argmax_agreement: fraction of positions with the same most likely token.
         relative_difference: the norm of the difference over that of the reference's logits, each position's mean
             logit taken off; what rounding weights changes.

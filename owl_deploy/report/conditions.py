@@ -4,44 +4,112 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.bench.rows import Machine, Row
 from owl_deploy.report.series import model_name
-from owl_deploy.report.text import escaped, number, percent, size
+from owl_deploy.report.text import number, percent, size
+
+
+_ROUNDS = (
+    "Rounds are interleaved: each times every engine at one sparsity and again on the dense model, so that a slow spell "
+    "of the machine meets all that is compared. A speed-up is the ratio of two medians of decode time within a round, "
+    "dense over sparse; the table shows the median of rounds, and in parentheses the slowest and the fastest. Only when "
+    "these lie on the same side of 1 is a difference called one. Confidence intervals are of that median, at 95%, by "
+    "bootstrap over rounds."
+)
+_TIMES = (
+    "Time to first token (TTFT) runs from the prompt's ids to the first new token's id; decode time is per new token "
+    "after that."
+)
+_BATCHES = "With a batch, decode time is per step, which makes one token of each sequence; tokens/s count all of them."
+_END_TO_END = "End to end runs from the prompt's text to the end of the new text, tokenised and sampled."
+_JOULES = "Joules are what the CPU's packages took while decoding, whatever else they did."
+_MEMORY_AND_QUALITY = (
+    "Peak RSS is of the engine's own process, load included. Perplexity was computed by the engine that was timed, on "
+    "the file that was timed."
+)
+
+
+def method(rows: Sequence[Row]) -> str:
+    """A paragraph on how these rows' figures are made, without markup."""
+    sentences = [_ROUNDS, _TIMES]
+    if any(row.batch > 1 for row in rows):
+        sentences.append(_BATCHES)
+    if any(row.end_to_end_ms_p50 is not None for row in rows):
+        sentences.append(_END_TO_END)
+    if any(row.decode_joules_per_token is not None for row in rows):
+        sentences.append(_JOULES)
+    return " ".join([*sentences, _MEMORY_AND_QUALITY])
 
 
 def conditions(rows: Sequence[Row]) -> list[str]:
-    """One Markdown line per condition."""
-    lines = [
+    """One line per condition, without markup."""
+    return [
         f"Workload: {_distinct(rows, _workload)}",
         *_rounds(rows),
-        f"Machine: {_distinct(rows, _machine)}",
-        f"Memory reads, with as many threads: {_range(row.machine.memory_bandwidth_gb_s for row in rows)} GB/s",
+        *_machines(rows),
         *_load(rows),
         *_perplexity_text(rows),
         *_engines(rows),
         *_parity(rows),
     ]
-    return [escaped(line) for line in lines]
 
 
 def _workload(row: Row) -> str:
     return (
-        f"{model_name(row)}, {row.prompt_tokens} prompt tokens and {row.new_tokens} new ones, batch 1, "
+        f"{model_name(row)}, {row.prompt_tokens} prompt tokens and {row.new_tokens} new ones, batch {row.batch}, "
         f"threads: {row.threads}"
     )
 
 
 def _rounds(rows: Sequence[Row]) -> list[str]:
     counts = [row.repetitions for row in rows if row.status == "ok"]
-    return [f"Rounds a row was timed in (a dense row in those of every level): {_range(counts)}"] if counts else []
+    if not counts:
+        return []
+    shown = "–".join(dict.fromkeys([str(min(counts)), str(max(counts))]))
+    return [f"Rounds a row was timed in (a dense row in those of every level): {shown}"]
 
 
-def _machine(row: Row) -> str:
-    machine = row.machine
-    return (
-        f"{machine.cpu}, cores: {machine.cores}, {machine.instruction_set}, {size(machine.memory_bytes)}, "
-        f"{machine.system}"
-    )
+def _machines(rows: Sequence[Row]) -> list[str]:
+    """Two lines per machine; how fast it reads memory was measured anew for every run and number of threads."""
+    machines: dict[str, list[Row]] = {}
+    for row in rows:
+        machines.setdefault(_machine(row.machine), []).append(row)
+    lines = []
+    for description, here in machines.items():
+        lines.append(f"Machine: {description}")
+        owner = f"{here[0].machine.cpu}: memory" if len(machines) > 1 else "Memory"
+        one = [row.machine.memory_bandwidth_one_thread_gb_s for row in here]
+        every = [row.machine.memory_bandwidth_all_threads_gb_s for row in here]
+        speeds = [
+            f"{_range(speed for speed in known if speed is not None)} GB/s {threads}"
+            for known, threads in (
+                ([row.machine.memory_bandwidth_gb_s for row in here], "with as many threads"),
+                (one, "with one"),
+                (every, "with one on every core"),
+            )
+            if any(speed is not None for speed in known)
+        ]
+        lines.append(f"{owner} reads: {', '.join(speeds)}")
+    return lines
+
+
+def _machine(machine: Machine) -> str:
+    details = [
+        machine.cpu,
+        f"cores: {machine.cores}",
+        " ".join(machine.instruction_sets) or machine.instruction_set,
+        size(machine.memory_bytes),
+        machine.system,
+    ]
+    if machine.numa_nodes is not None:
+        details.append(f"NUMA nodes: {machine.numa_nodes}")
+    if machine.frequency_governor is not None:
+        details.append(f"frequency governor: {machine.frequency_governor}")
+    if machine.container_cores is not None:
+        details.append(f"limited to {machine.container_cores:g} cores' time")
+    if machine.container_memory_bytes is not None:
+        details.append(f"limited to {size(machine.container_memory_bytes)}")
+    return ", ".join(details)
 
 
 def _load(rows: Sequence[Row]) -> list[str]:

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from owl_deploy.bench.rows import Row, Spread
-from owl_deploy.report.series import Series, by_series, same_workload
+from owl_deploy.report.series import Series, by_series, dense_references, same_workload
 from owl_deploy.report.tables import UNSTEADY_MARK
-from owl_deploy.report.text import enumeration, escaped, number, one_line, perplexity_text, ratio
+from owl_deploy.report.text import enumeration, number, one_line, perplexity_text, ratio, size
 
 _ERROR_CHARACTERS = 200
+_LEAK = 0.05  # of the peak: resident memory that grew by more between the first round and the last
 
 Verdict = Literal["faster", "slower", "no different"]
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """One Markdown sentence or two per finding: speed by engine, perplexity, and what not to rely on."""
+    """A sentence or two per finding: speed by engine, perplexity, and what not to rely on.
+
+    `**` is around what is to stand out; nothing else is markup, and names and errors are as they came.
+    """
     series = by_series(rows)
     return [
         *(_speed(one, rows) for one in series if one.sparse),
         *_perplexities(series),
         *_failures(series),
-        *_unsteady(series),
+        *_marked(f"**Unsteady** ({UNSTEADY_MARK}), not to be relied on", series, lambda row: row.unsteady),
+        *_marked(
+            "**Not repeatable**: rounds from the same prompt generated different tokens",
+            series,
+            lambda row: not row.repeatable,
+        ),
+        *_growing(series),
+        *_continuations(series),
     ]
 
 
@@ -37,7 +49,9 @@ def verdict(speedup: float, spread: Spread | None) -> Verdict:
 
 def _speed(series: Series, rows: Sequence[Row]) -> str:
     """How the engine's sparse rows compare with its own dense row, and with the fastest dense row of all."""
-    sentences = [_against_own_dense(series), _against_fastest_dense(series, rows)]
+    sentences = [_against_own_dense(series), _against_fastest(series, rows, _EXACT)]
+    if _EXACT.reference(series, rows) != _ANY.reference(series, rows):
+        sentences.append(_against_fastest(series, rows, _ANY))
     return f"**{series.name}**: {' '.join(filter(None, sentences))}"
 
 
@@ -74,40 +88,65 @@ def _verdicts(series: Series, compared: Sequence[tuple[Row, float]]) -> str:
     return f"Sparse is {'; '.join(clauses)}."
 
 
-def _against_fastest_dense(series: Series, rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class _Fastest:
+    """A speed-up over the fastest of several dense rows.
+
+    Attributes:
+        words: what it is the fastest of.
+    """
+
+    field: str
+    words: str
+
+    def reference(self, series: Series, rows: Sequence[Row]) -> str | None:
+        """The name of the series whose dense row it is over; None where it is this one's, or cannot be told.
+
+        It cannot where rows of several runs stand together, each run with a dense row of its own.
+        """
+        found = [
+            row for row in dense_references(rows, self.field) if series.rows and same_workload(row, series.rows[0])
+        ]
+        if len(found) != 1 or found[0] in series.rows:
+            return None
+        return next(one.name for one in by_series(rows) if found[0] in one.rows)
+
+
+_EXACT = _Fastest("speedup_fastest_dense", "the fastest dense engine")
+_ANY = _Fastest("speedup_any_precision", "the fastest dense engine of any precision")
+
+
+def _against_fastest(series: Series, rows: Sequence[Row], fastest: _Fastest) -> str:
     """Empty where that is this very engine."""
-    compared = [(row, speedup) for row in series.sparse if (speedup := row.speedup_fastest_dense) is not None]
-    if not compared:
+    compared = [(row, speedup) for row in series.sparse if (speedup := getattr(row, fastest.field)) is not None]
+    name = fastest.reference(series, rows)
+    if not compared or name is None:
         return ""
     best, speedup = max(compared, key=lambda pair: pair[1])
-    fastest = _fastest_dense(best, rows)
-    if fastest is None or fastest.name == series.name:
-        return ""
-    found = verdict(speedup, best.speedup_fastest_dense_spread)
+    spread: Spread | None = getattr(best, f"{fastest.field}_spread")
+    found = verdict(speedup, spread)
     wording = {"faster": "faster", "slower": "**still slower**", "no different": "no different"}[found]
-    figure = ratio(speedup, best.speedup_fastest_dense_spread)
-    return f"Against the fastest dense engine, {fastest.name}, its best is {figure} at {series.label(best)}: {wording}."
-
-
-def _fastest_dense(row: Row, rows: Sequence[Row]) -> Series | None:
-    """The series whose dense row decodes fastest under the workload of `row`."""
-    timed = [
-        (dense.decode_ms_p50, one)
-        for one in by_series(rows)
-        if (dense := one.dense) and dense.decode_ms_p50 is not None and same_workload(dense, row)
-    ]
-    return min(timed, key=lambda pair: pair[0])[1] if timed else None
+    return (
+        f"Against {fastest.words}, {name}, its best is {ratio(speedup, spread)} at {series.label(best)}: {wording}."
+    )
 
 
 def _perplexities(series: Sequence[Series]) -> list[str]:
     """How perplexity grows with sparsity; engines that agree to the digits shown share a sentence."""
-    engines: dict[str, list[str]] = {}
+    growths: dict[str, list[str]] = {}
+    only_dense: dict[str, list[str]] = {}
     for one in series:
-        if any(row.perplexity is not None for row in one.rows):
-            engines.setdefault(_growth(one), []).append(one.name)
-    if not engines:
+        if any(row.perplexity is not None for row in one.sparse):
+            growths.setdefault(_growth(one), []).append(one.name)
+        elif one.dense is not None and one.dense.perplexity is not None:
+            only_dense.setdefault(perplexity_text(one.dense.perplexity), []).append(one.name)
+    if not growths and not only_dense:
         return ["Perplexity was not measured: the bundle has no tokenizer, or no text was given."]
-    return [f"Perplexity in {enumeration(names)}: {growth}." for growth, names in engines.items()]
+    sentences = [f"Perplexity in {enumeration(names)}: {growth}." for growth, names in growths.items()]
+    if only_dense:
+        dense = "; ".join(f"{figure} in {enumeration(names)}" for figure, names in only_dense.items())
+        sentences.append(f"Perplexity of the dense model alone: {dense}.")
+    return sentences
 
 
 def _growth(series: Series) -> str:
@@ -129,12 +168,40 @@ def _failures(series: Sequence[Series]) -> list[str]:
             if row.status == "failed":
                 places.setdefault((one.name, row.error or "no reason given"), []).append(one.label(row))
     return [
-        f"**Failed**: {name} at {enumeration(labels)}: {escaped(one_line(error, _ERROR_CHARACTERS))}"
+        f"**Failed**: {name} at {enumeration(labels)}: {one_line(error, _ERROR_CHARACTERS)}"
         for (name, error), labels in places.items()
     ]
 
 
-def _unsteady(series: Sequence[Series]) -> list[str]:
-    labels = {one.name: [one.label(row) for row in one.rows if row.unsteady] for one in series}
+def _marked(claim: str, series: Sequence[Series], holds: Callable[[Row], bool]) -> list[str]:
+    """The claim with all rows that it holds for, by engine; nothing where there is none."""
+    labels = {one.name: [one.label(row) for row in one.rows if holds(row)] for one in series}
     places = [f"{name} at {enumeration(at)}" for name, at in labels.items() if at]
-    return [f"**Unsteady** ({UNSTEADY_MARK}), not to be relied on: {'; '.join(places)}."] if places else []
+    return [f"{claim}: {'; '.join(places)}."] if places else []
+
+
+def _growing(series: Sequence[Series]) -> list[str]:
+    """Memory that a process keeps from round to round, the same work each time, is not given back: a leak."""
+    grown = [
+        f"{one.name} at {one.label(row)} by {size(row.rss_growth_bytes)} (peak {size(row.peak_rss_bytes)})"
+        for one in series
+        for row in one.rows
+        if row.rss_growth_bytes and row.peak_rss_bytes and row.rss_growth_bytes > _LEAK * row.peak_rss_bytes
+    ]
+    return [f"**Memory grew** from the first round to the last: {'; '.join(grown)}."] if grown else []
+
+
+def _continuations(series: Sequence[Series]) -> list[str]:
+    """Greedy decoding of the same weights that took another way."""
+    parted = [
+        f"{one.name} at {one.label(row)} after {found.matching} of {found.tokens} tokens of {found.reference}'s"
+        for one in series
+        for row in one.rows
+        if (found := row.continuation) is not None and found.matching < found.tokens
+    ]
+    if not parted:
+        return []
+    return [
+        f"**Another continuation** of the same prompt, from the same weights: {'; '.join(parted)}. "
+        "Where two tokens are almost equally likely, rounding decides; see the parity of logits."
+    ]

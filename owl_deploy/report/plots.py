@@ -1,52 +1,185 @@
-"""The plot of a report: what sparsity gains in speed, and what it costs in perplexity."""
+"""The plots of a report: what sparsity gains in speed, and what it costs in perplexity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import IdentityTransform
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.bench.rows import Row, Spread
 from owl_deploy.files import disk_errors
 from owl_deploy.report.paper import TABLE_8
-from owl_deploy.report.series import Series, by_series, model_name
+from owl_deploy.report.pareto import Box, Point, boxes_along, front_of, place_labels, points_of, steps_along
+from owl_deploy.report.series import Series, by_series, by_workload, model_name
 from owl_deploy.report.text import enumeration
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+_DPI = 120
+_NESTED = 4  # curves: with more, the widest would cover all else
 _PAPER_LABEL = "the paper's Table 8 (TinyLlama-1.1B, DeepSparse)"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one series is drawn in every plot: a colour and, for who cannot tell colours, a marker.
+
+    Attributes:
+        colour, marker: indices into `COLOURS` and `MARKERS`.
+    """
+
+    colour: int
+    marker: int
+
+
+def styles(rows: Sequence[Row]) -> dict[str, Style]:
+    """A style for every series, by its name among the rows of its workload; no two alike up to 36 series."""
+    names = dict.fromkeys(one.name for here in by_workload(rows).values() for one in by_series(here))
+    return {
+        name: Style(index % len(COLOURS), (index + index // len(COLOURS)) % len(MARKERS))
+        for index, name in enumerate(names)
+    }
 
 
 def plot_speedup(rows: Sequence[Row], path: Path) -> None:
     """Write a PNG with speed-up over the same engine's dense model, and perplexity, by sparsity achieved.
 
-    Failed rows and missing figures are left out. Equal rows give equal bytes.
+    Each workload has its own pair of axes. Failed rows and missing figures are left out. Equal rows give equal bytes.
 
     Raises:
         UserError: `path` cannot be written.
     """
-    series = by_series(rows)
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    speed_axes, perplexity_axes = figure.subplots(1, 2)
-    _draw_speedups(speed_axes, series)
-    _draw_perplexities(perplexity_axes, series)
-    for axes in (speed_axes, perplexity_axes):
-        axes.set_xlim(-3, 103)
-        axes.set_xticks(range(0, 101, 10))
-        axes.set_xlabel("sparsity of the block linears (%)")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+    workloads, drawn_as = by_workload(rows), styles(rows)
+    figure = Figure(figsize=(11, 0.9 + 4.1 * len(workloads)), layout="constrained")
+    parts = figure.subfigures(len(workloads), 1, squeeze=False)[:, 0]
+    for (name, here), part in zip(workloads.items(), parts, strict=True):
+        speed_axes, perplexity_axes = part.subplots(1, 2)
+        part.suptitle(name or None, fontsize="medium", fontweight="bold")
+        series = by_series(here)
+        _draw_speedups(speed_axes, series, drawn_as)
+        _draw_perplexities(perplexity_axes, series, drawn_as)
+        for axes in (speed_axes, perplexity_axes):
+            axes.set_xlim(-3, 103)
+            axes.set_xticks(range(0, 101, 10))
+            axes.set_xlabel("sparsity of the block linears (%)")
+            _tidy(axes)
     figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
-    figure.legend(*speed_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _legend(figure)
     save_figure(figure, path)
 
 
-def _draw_speedups(axes: Axes, series: Sequence[Series]) -> None:
+def plot_pareto(rows: Sequence[Row], path: Path) -> None:
+    """Write a PNG with every row's perplexity against its decode time, and the front of those that none beats in both.
+
+    Each workload has its own axes. Equal rows give equal bytes.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    workloads, drawn_as = by_workload(rows), styles(rows)
+    figure = Figure(figsize=(11, 0.9 + 5.6 * len(workloads)), dpi=_DPI, layout="constrained")
+    every_axes = figure.subplots(len(workloads), 1, squeeze=False)[:, 0]
+    drawn = [(axes, points_of(here)) for axes, here in zip(every_axes, workloads.values(), strict=True)]
+    for (axes, points), name in zip(drawn, workloads, strict=True):
+        _draw_pareto(axes, points, drawn_as)
+        axes.set_title("\n".join(filter(None, [name, "perplexity against decode time: lower and further left is better"])))
+        _tidy(axes)
+    figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
+    _legend(figure)
+    figure.draw_without_rendering()  # only now it is known where axes and texts are
+    for axes, points in drawn:
+        _label_points(axes, points)
+    save_figure(figure, path)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all axes, each name once."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def _draw_pareto(axes: Axes, points: Sequence[Point], drawn_as: Mapping[str, Style]) -> None:
+    axes.set_xlabel("decode ms/token, p50 (log scale)")
+    axes.set_ylabel("perplexity (log scale)")
+    if not points:
+        axes.set_xticks([])
+        _nothing(axes)
+        return
+    front = front_of(points)
+    axes.plot(
+        *zip(*steps_along([(point.decode_ms, point.perplexity) for point in front]), strict=True),
+        color="#444444",
+        linewidth=1,
+        linestyle="--",
+        label="Pareto front",
+        zorder=1,
+    )
+    for name, style in drawn_as.items():
+        here = [point for point in points if point.series == name]
+        if here:
+            axes.scatter(
+                [point.decode_ms for point in here],
+                [point.perplexity for point in here],
+                s=[70 if point.in_front else 36 for point in here],
+                color=COLOURS[style.colour],
+                edgecolors="#222222",
+                linewidths=[1.4 if point.in_front else 0.4 for point in here],
+                marker=MARKERS[style.marker],
+            )
+            axes.plot([], [], MARKERS[style.marker], color=COLOURS[style.colour], markeredgecolor="#222222", label=name)
+    times, perplexities = [point.decode_ms for point in points], [point.perplexity for point in points]
+    scale_logarithmically(axes, perplexities)
+    axes.set_ylim(min(perplexities) / 1.2, max(perplexities) * 1.2)
+    if max(perplexities) < 30 * min(perplexities):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.set_xscale("log")
+    axes.set_xlim(min(times) / 1.15, max(times) * 1.3)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Name the points that there is room for, those of the front before others."""
+    if not points:
+        return
+    ordered = sorted(points, key=lambda point: (not point.in_front, point.decode_ms))
+    texts = [axes.text(0, 0, point.label, fontsize=8, alpha=1 if point.in_front else 0.75) for point in ordered]
+    sizes = [(extent.width, extent.height) for extent in (text.get_window_extent() for text in texts)]
+    window = axes.get_window_extent()
+    # Pixels from the top, as labels are placed; matplotlib counts them from the bottom.
+    pixels = axes.transData.transform([(point.decode_ms, point.perplexity) for point in ordered])
+    anchors = [(float(x), -float(y)) for x, y in pixels]
+    frame = Box(window.x0, -window.y1, window.width, window.height)
+    steps = steps_along([spot for spot, point in zip(anchors, ordered, strict=True) if point.in_front])
+    for text, box in zip(texts, place_labels(anchors, sizes, frame, marker=11, taken=boxes_along(steps)), strict=True):
+        if box is None:
+            text.remove()
+            continue
+        text.set_transform(IdentityTransform())
+        text.set_position((box.left, -(box.top + box.height)))
+        text.set_verticalalignment("bottom")
+        text.set_in_layout(False)  # or the axes would move from under it
+
+
+def _draw_speedups(axes: Axes, series: Sequence[Series], drawn_as: Mapping[str, Style]) -> None:
     axes.axhline(1, color="#888888", linewidth=1)
     axes.plot(
         [100 * figure.sparsity for figure in TABLE_8],
@@ -55,25 +188,25 @@ def _draw_speedups(axes: Axes, series: Sequence[Series]) -> None:
         color="#444444",
         label=_PAPER_LABEL,
     )
-    for index, one in enumerate(series):
+    for one in series:
         rows, speedups = _finite(one, lambda row: row.speedup_same_engine)
         axes.errorbar(
             _percentages(rows),
             speedups,
             yerr=_error_bars(rows, speedups),
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            color=COLOURS[drawn_as[one.name].colour],
+            marker=MARKERS[drawn_as[one.name].marker],
             markersize=6,
             capsize=4,
             label=one.name,
         )
     axes.set_ylim(bottom=0)
     axes.set_title("decode speed-up over the same engine's dense model")
-    axes.set_ylabel("times as fast (bars: slowest and fastest round)")
+    axes.set_ylabel("times as fast (bars: 95% confidence)")
 
 
-def _draw_perplexities(axes: Axes, series: Sequence[Series]) -> None:
-    """Engines agree on perplexity, so each curve is narrower than the one it covers."""
+def _draw_perplexities(axes: Axes, series: Sequence[Series], drawn_as: Mapping[str, Style]) -> None:
+    """Engines agree on perplexity, so each of a few curves is narrower than the one it covers."""
     values: list[float] = []
     for index, one in enumerate(series):
         rows, perplexities = _finite(one, lambda row: row.perplexity)
@@ -82,18 +215,22 @@ def _draw_perplexities(axes: Axes, series: Sequence[Series]) -> None:
         axes.plot(
             _percentages(rows),
             perplexities,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5 + 5 * rest,
-            linewidth=1.5 + 3 * rest,
+            color=COLOURS[drawn_as[one.name].colour],
+            marker=MARKERS[drawn_as[one.name].marker],
+            markersize=5 + (5 * rest if len(series) <= _NESTED else 0),
+            linewidth=1.5 + (3 * rest if len(series) <= _NESTED else 0),
         )
     axes.set_title("perplexity, computed by each engine")
     axes.set_ylabel("perplexity (log scale)")
     if values:
         scale_logarithmically(axes, values)
     else:
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#666666")
+        _nothing(axes)
+
+
+def _nothing(axes: Axes) -> None:
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#666666")
 
 
 def scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
@@ -117,11 +254,19 @@ def _percentages(rows: Sequence[Row]) -> list[float]:
 
 def _error_bars(rows: Sequence[Row], speedups: Sequence[float]) -> tuple[list[float], list[float]]:
     """Lengths below and above each speed-up; none where a row has no spread."""
-    spreads = [row.speedup_same_engine_spread for row in rows]
-    pairs = list(zip(speedups, spreads, strict=True))
-    below = [max(0.0, speedup - spread.low) if spread else 0.0 for speedup, spread in pairs]
-    above = [max(0.0, spread.high - speedup) if spread else 0.0 for speedup, spread in pairs]
+    bars = [uncertainty(row.speedup_same_engine_spread) or (value, value) for row, value in zip(rows, speedups, strict=True)]
+    below = [max(0.0, value - low) for value, (low, _) in zip(speedups, bars, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(speedups, bars, strict=True)]
     return below, above
+
+
+def uncertainty(spread: Spread | None) -> tuple[float, float] | None:
+    """The 95% confidence interval; the slowest and the fastest round where it is not known."""
+    if spread is None:
+        return None
+    if spread.confidence_low is None or spread.confidence_high is None:
+        return spread.low, spread.high
+    return spread.confidence_low, spread.confidence_high
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -129,7 +274,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         try:
-            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+            figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.bench.rows import Row, Spread
 from owl_deploy.report.text import percent
+
+
+class Workload(NamedTuple):
+    """What rows have in common whose times may be compared: the work, and the machine that did it."""
+
+    model: str
+    cpu: str
+    cores: int
+    threads: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def words(self) -> tuple[str, ...]:
+        """Each part as it appears in a name."""
+        counts = {
+            "cores": self.cores,
+            "threads": self.threads,
+            "batch": self.batch,
+            "prompt": self.prompt_tokens,
+            "new": self.new_tokens,
+        }
+        return self.model, self.cpu, *(f"{name} {count}" for name, count in counts.items())
 
 
 class _Key(NamedTuple):
     """What the rows of one curve have in common."""
 
     engine: str
-    model: str
     flavor: str
     weights: str
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
+    workload: Workload
 
     def words(self) -> tuple[str, ...]:
-        return (
-            *(self.engine, self.model, self.flavor, self.weights),
-            *(f"threads {self.threads}", f"prompt {self.prompt_tokens}", f"new {self.new_tokens}"),
-        )
+        return self.engine, self.flavor, self.weights, *self.workload.words()
 
 
 @dataclass(frozen=True)
@@ -68,9 +85,37 @@ def model_name(row: Row) -> str:
     return Path(row.model).name
 
 
+def workload_of(row: Row) -> Workload:
+    """Of rows that may be compared this is equal, whatever the engine."""
+    machine = row.machine
+    return Workload(
+        model_name(row), machine.cpu, machine.cores, row.threads, row.batch, row.prompt_tokens, row.new_tokens
+    )
+
+
 def same_workload(row: Row, other: Row) -> bool:
-    """Whether two rows did the same work, whatever the engine."""
-    return _workload(row) == _workload(other)
+    """Whether two rows did the same work on the same machine, whatever the engine."""
+    return workload_of(row) == workload_of(other)
+
+
+def dense_references(rows: Iterable[Row], field: str) -> list[Row]:
+    """The dense rows that speed-ups were taken over, by `field`: in every round exactly as fast as themselves."""
+    found = []
+    for row in rows:
+        spread: Spread | None = getattr(row, f"{field}_spread")
+        if row.is_dense and spread is not None and spread.low == spread.high == 1:
+            found.append(row)
+    return found
+
+
+def by_workload(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """All rows, each workload's together under what tells it from the others; one workload alone has no name."""
+    groups: dict[Workload, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(workload_of(row), []).append(row)
+    ordered = sorted(groups)
+    names = _differing([workload.words() for workload in ordered])
+    return {name: groups[workload] for name, workload in zip(names, ordered, strict=True)}
 
 
 def by_series(rows: Iterable[Row]) -> list[Series]:
@@ -84,28 +129,31 @@ def by_series(rows: Iterable[Row]) -> list[Series]:
     ]
 
 
-def _workload(row: Row) -> tuple[str, int, int, int]:
-    return model_name(row), row.threads, row.prompt_tokens, row.new_tokens
-
-
 def _key(row: Row) -> _Key:
-    return _Key(
-        row.engine,
-        model_name(row),
-        row.flavor,
-        row.weights,
-        row.threads,
-        row.prompt_tokens,
-        row.new_tokens,
-    )
+    return _Key(row.engine, row.flavor, row.weights, workload_of(row))
 
 
 def _name(key: _Key, keys: Iterable[_Key]) -> str:
-    """The engine with those of its settings that differ between its series: `onnxruntime (genai, threads 4)`."""
+    """The engine with what tells its series apart, and no more: `onnxruntime (genai, threads 4)`."""
     peers = [peer for peer in keys if peer.engine == key.engine]
-    differing = [len(set(values)) > 1 for values in zip(*peers, strict=True)]
-    details = ", ".join(compress(key.words(), differing))
+    details = _telling([peer.words() for peer in peers])[peers.index(key)]
     return f"{key.engine} ({details})" if details else key.engine
+
+
+def _differing(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of names in parts, the parts that are not the same in all."""
+    differs = [len(set(parts)) > 1 for parts in zip(*names, strict=True)]
+    return [", ".join(compress(parts, differs)) for parts in names]
+
+
+def _telling(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of names in parts, the first parts that suffice to tell them apart."""
+    kept = [True] * len(names[0])
+    for index in reversed(range(len(kept))):
+        kept[index] = False
+        if len({tuple(compress(parts, kept)) for parts in names}) < len(names):
+            kept[index] = True
+    return [", ".join(compress(parts, kept)) for parts in names]
 
 
 def _sparsity(row: Row) -> float:

@@ -14,13 +14,13 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.bench.rows import WIDE, Machine, Row, Spread
 from owl_deploy.files import write_text
 from owl_deploy.report.paper import PAPER_SETTING
-from owl_deploy.report.series import Series, by_series
-from owl_deploy.report.text import MISSING, escaped, number, one_line, perplexity_text, ratio, size
+from owl_deploy.report.series import Series, by_series, dense_references, workload_of
+from owl_deploy.report.text import MISSING, escaped, number, one_line, percent, perplexity_text, ratio, size
 
-UNSTEADY_MARK = "†"
+UNSTEADY_MARK, WIDE_MARK = "†", "‡"
 _ERROR_CHARACTERS = 60
 
 
@@ -31,12 +31,22 @@ class Column:
     Attributes:
         text: the cell as people read it.
         fields: the row's fields behind the cell, which are the columns of the CSV; a dot leads into a record.
+        sort_by: the field that rows are sorted by; by default the first.
+        tells: whether the column says anything of these rows; by default, whether any cell is filled.
     """
 
     title: str
     text: Callable[[Series, Row], str]
     fields: tuple[str, ...]
     is_text: bool = False
+    sort_by: str | None = None
+    tells: Callable[[Sequence[Row]], bool] | None = None
+
+    def is_shown(self, rows: Sequence[Row]) -> bool:
+        """Whether tables for people have it; the CSV always does."""
+        if self.tells is not None:
+            return self.tells(rows)
+        return any(value_at(row, self.fields[0]) is not None for row in rows)
 
 
 def _engine(series: Series, row: Row) -> str:
@@ -60,58 +70,97 @@ def _decode(_: Series, row: Row) -> str:
     return f"{number(row.decode_ms_p50)} ({number(row.decode_ms_p90)}, {number(row.decode_ms_p99)})"
 
 
+def _always(_: Sequence[Row]) -> bool:
+    return True
+
+
+def _speedup_column(title: str, field: str, tells: Callable[[Sequence[Row]], bool] | None = None) -> Column:
+    """A ratio with the spread of its rounds, marked where its confidence interval is wide."""
+
+    def text(_: Series, row: Row) -> str:
+        spread: Spread | None = getattr(row, f"{field}_spread")
+        shown = ratio(getattr(row, field), spread)
+        return f"{shown} {WIDE_MARK}" if spread and spread.is_wide else shown
+
+    parts = ("low", "high", "confidence_low", "confidence_high")
+    return Column(title, text, (field, *(f"{field}_spread.{part}" for part in parts)), tells=tells)
+
+
+def _end_to_end(_: Series, row: Row) -> str:
+    if row.end_to_end_ms_p50 is None:
+        return MISSING
+    return f"{number(row.end_to_end_ms_p50)} ({number(row.end_to_end_tokens_per_s)})"
+
+
+def _any_precision_differs(rows: Sequence[Row]) -> bool:
+    """Whether a rounded dense row is faster than every exact one."""
+    return any(row.speedup_any_precision != row.speedup_fastest_dense for row in rows if row.speedup_any_precision)
+
+
 COLUMNS = (
-    Column("engine", _engine, ("engine", "flavor", "weights"), is_text=True),
-    Column("sparsity asked (achieved)", _sparsity, ("sparsity_asked", "sparsity_achieved")),
-    Column("perplexity in that engine", _perplexity_or_failure, ("perplexity",)),
+    Column("engine", _engine, ("engine", "flavor", "weights"), is_text=True, tells=_always),
+    Column("batch", lambda _, row: str(row.batch), ("batch",), tells=lambda rows: any(row.batch > 1 for row in rows)),
+    Column(
+        "sparsity asked (achieved)",
+        _sparsity,
+        ("sparsity_asked", "sparsity_achieved"),
+        sort_by="sparsity_achieved",
+        tells=_always,
+    ),
+    Column("perplexity in that engine", _perplexity_or_failure, ("perplexity",), tells=_always),
     Column("TTFT ms", lambda _, row: number(row.ttft_ms_p50), ("ttft_ms_p50",)),
+    Column("prefill tokens/s", lambda _, row: number(row.prefill_tokens_per_s), ("prefill_tokens_per_s",)),
     Column("decode ms/token p50 (p90, p99)", _decode, ("decode_ms_p50", "decode_ms_p90", "decode_ms_p99")),
     Column("decode tokens/s", lambda _, row: number(row.decode_tokens_per_s), ("decode_tokens_per_s",)),
-    Column(
-        "speed-up over same engine dense",
-        lambda _, row: ratio(row.speedup_same_engine, row.speedup_same_engine_spread),
-        ("speedup_same_engine", "speedup_same_engine_spread.low", "speedup_same_engine_spread.high"),
-    ),
-    Column(
-        "speed-up over fastest dense engine",
-        lambda _, row: ratio(row.speedup_fastest_dense, row.speedup_fastest_dense_spread),
-        ("speedup_fastest_dense", "speedup_fastest_dense_spread.low", "speedup_fastest_dense_spread.high"),
-    ),
+    Column("end to end ms (tokens/s)", _end_to_end, ("end_to_end_ms_p50", "end_to_end_tokens_per_s")),
+    Column("joules per token", lambda _, row: number(row.decode_joules_per_token), ("decode_joules_per_token",)),
+    _speedup_column("speed-up over same engine dense", "speedup_same_engine"),
+    _speedup_column("speed-up over fastest dense fp32", "speedup_fastest_dense"),
+    _speedup_column("speed-up over fastest dense of any precision", "speedup_any_precision", _any_precision_differs),
     Column("paper's Table 8", lambda _, row: ratio(row.paper_speedup), ("paper_speedup",)),
     Column("peak RSS", lambda _, row: size(row.peak_rss_bytes), ("peak_rss_bytes",)),
     Column("file size", lambda _, row: size(row.file_bytes), ("file_bytes",)),
 )
 
 _CSV_ONLY = (
-    *("status", "error", "unsteady", "model", "method", "allocation", "bundle"),
+    *("status", "error", "unsteady", "repeatable", "model", "method", "allocation", "bundle"),
     *("threads", "prompt_tokens", "new_tokens", "repetitions"),
-    *("perplexity_text", "perplexity_windows", "load_ms", "load_average", "other_load_cores"),
+    *("perplexity_text", "perplexity_windows", "load_ms", "rss_growth_bytes", "load_average", "other_load_cores"),
     *("parity.reference", "parity.positions", "parity.positions_with_past", "parity.max_abs_difference"),
-    *("parity.max_abs_difference_with_past", "parity.argmax_agreement"),
-    *("machine.cpu", "machine.cores", "machine.instruction_set", "machine.memory_bytes"),
-    *("machine.memory_bandwidth_gb_s", "machine.system"),
+    *("parity.max_abs_difference_with_past", "parity.argmax_agreement", "parity.relative_difference"),
+    *("continuation.reference", "continuation.matching", "continuation.tokens"),
+    *(f"machine.{name}" for name in Machine.model_fields),
     *("engine_facts", "owl_deploy_version", "schema_version"),
 )
+CSV_FIELDS = (*(field for column in COLUMNS for field in column.fields), *_CSV_ONLY)
+
+
+def shown_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that say something of these rows."""
+    return [column for column in COLUMNS if column.is_shown(rows)]
 
 
 def terminal_table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal, a rule between engines, footnotes below."""
+    """The rows for a terminal, a rule between engines, footnotes below; what is in parentheses has its own line."""
     table = Table(box=box.SIMPLE_HEAD, caption=Text("\n".join(footnotes(rows))), caption_justify="left")
-    for column in COLUMNS:
+    columns = shown_columns(rows)
+    for column in columns:
         justify: JustifyMethod = "left" if column.is_text else "right"
         table.add_column(column.title, justify=justify, no_wrap=column.is_text, overflow="fold")
     for series in by_series(rows):
         for row in series.rows:
-            table.add_row(*(Text(column.text(series, row)) for column in COLUMNS))
+            cells = (column.text(series, row) for column in columns)
+            table.add_row(*(Text("\n(".join(split_cell(cell))) for cell in cells))
         table.add_section()
     return table
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, footnotes below."""
-    lines = [[column.title for column in COLUMNS], [":--" if column.is_text else "--:" for column in COLUMNS]]
+    columns = shown_columns(rows)
+    lines = [[column.title for column in columns], [":--" if column.is_text else "--:" for column in columns]]
     for series in by_series(rows):
-        lines += [[escaped(column.text(series, row)) for column in COLUMNS] for row in series.rows]
+        lines += [[escaped(column.text(series, row)) for column in columns] for row in series.rows]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return table + "".join(f"\n{note}\n" for note in footnotes(rows))
 
@@ -122,11 +171,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UserError: `path` cannot be written.
     """
-    fields = (*(field for column in COLUMNS for field in column.fields), *_CSV_ONLY)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(fields)
-    writer.writerows([_value(row, field) for field in fields] for series in by_series(rows) for row in series.rows)
+    writer.writerow(CSV_FIELDS)
+    writer.writerows([_cell(row, field) for field in CSV_FIELDS] for series in by_series(rows) for row in series.rows)
     write_text(path, buffer.getvalue())
 
 
@@ -135,8 +183,15 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     notes = []
     if any(row.speedup_same_engine_spread or row.speedup_fastest_dense_spread for row in rows):
         notes.append("Speed-ups: median of rounds (slowest–fastest round); below 1x the row is slower.")
+    if len(dense_references(rows, "speedup_fastest_dense")) > len({workload_of(row) for row in rows}):
+        notes.append("These rows are of several runs: a speed-up is over a dense row of its own run.")
     if any(row.paper_speedup is not None for row in rows):
         notes.append(f"Paper's Table 8: {PAPER_SETTING}.")
+    if any(spread.is_wide for row in rows for spread in _spreads(row)):
+        notes.append(
+            f"{WIDE_MARK} wide: the 95% confidence interval of this speed-up is wider than {percent(WIDE)} of it; "
+            "more repetitions, or a quieter machine, would narrow it."
+        )
     if any(row.unsteady for row in rows):
         notes.append(
             f"{UNSTEADY_MARK} unsteady: some round's median was over 1.5 times that of the fastest round; "
@@ -145,9 +200,25 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _value(row: Row, field: str) -> object:
-    """The value at a dotted path, None where a record on the way is missing; lists and mappings as JSON."""
+def split_cell(text: str) -> list[str]:
+    """What comes before a parenthesis, and the rest: `1.31x (1.28–1.35) ‡` is `1.31x` and `1.28–1.35) ‡`."""
+    return text.split(" (", maxsplit=1)
+
+
+def value_at(row: Row, field: str) -> object:
+    """The value at a dotted path, None where a record on the way is missing."""
     value: object = row
     for name in field.split("."):
         value = getattr(value, name, None)
-    return json.dumps(value) if isinstance(value, dict | tuple) else value
+    return value
+
+
+def _spreads(row: Row) -> list[Spread]:
+    spreads = (row.speedup_same_engine_spread, row.speedup_fastest_dense_spread, row.speedup_any_precision_spread)
+    return [spread for spread in spreads if spread is not None]
+
+
+def _cell(row: Row, field: str) -> object:
+    """Of the CSV: lists and mappings as JSON."""
+    value = value_at(row, field)
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else value

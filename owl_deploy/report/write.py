@@ -10,26 +10,31 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from owl_deploy.bench.rows import RESULTS, Row
 from owl_deploy.errors import UserError
 from owl_deploy.files import disk_errors, write_text
-from owl_deploy.report.conditions import conditions
+from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import findings
-from owl_deploy.report.plots import plot_speedup
-from owl_deploy.report.series import model_name
+from owl_deploy.report.page.render import page
+from owl_deploy.report.pareto import front_text, points_of
+from owl_deploy.report.plots import plot_pareto, plot_speedup
+from owl_deploy.report.series import by_workload, model_name
 from owl_deploy.report.tables import markdown_table, write_csv
-from owl_deploy.report.text import enumeration
+from owl_deploy.report.text import enumeration, escaped
 
 REPORT = "report.md"
+PAGE = "report.html"
 CSV = "results.csv"
 PLOT = "speedup.png"
+PARETO_PLOT = "pareto.png"
 
 
 def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     """Write the report into the directory `out`, made if need be; its files are replaced if they are there.
 
     Args:
-        command: the command line that measured the rows.
+        command: the command line that measured the rows, or that put them together.
 
     Returns:
-        The path of `report.md`. Beside it: `results.jsonl`, `results.csv` and `speedup.png`.
+        The path of `report.md`. Beside it: `report.html`, `results.jsonl`, `results.csv`, `speedup.png` and
+        `pareto.png`.
 
     Raises:
         UserError: there are no rows, or `out` cannot be written.
@@ -41,6 +46,8 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     write_text(out / RESULTS, "".join(f"{row.model_dump_json()}\n" for row in rows))
     write_csv(rows, out / CSV)
     plot_speedup(rows, out / PLOT)
+    plot_pareto(rows, out / PARETO_PLOT)
+    write_text(out / PAGE, page(rows, command=command, csv=CSV, results=RESULTS))
     write_text(out / REPORT, _markdown(rows, command))
     return out / REPORT
 
@@ -53,14 +60,20 @@ def _markdown(rows: Sequence[Row], command: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["escaped"] = escaped
+    fronts = [(name, front_text(points_of(here))) for name, here in by_workload(rows).items()]
     return environment.get_template("report.md.j2").render(
         model=enumeration(sorted({model_name(row) for row in rows})),
         findings=findings(rows),
         table=markdown_table(rows),
+        fronts=[(name, front) for name, front in fronts if front],
+        method=method(rows),
         conditions=conditions(rows),
         command=command,
         has_deepsparse=any(row.engine == "deepsparse" for row in rows),
         plot=PLOT,
+        pareto_plot=PARETO_PLOT,
+        page=PAGE,
         csv=CSV,
         results=RESULTS,
     )

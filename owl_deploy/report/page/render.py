@@ -1,0 +1,224 @@
+"""Rows in, one HTML page out: tables and charts are drawn here, the page's script only sorts, filters and explains.
+
+The page loads nothing, and its content security policy says so to the browser: it runs the one script and the one
+style sheet whose hashes it names, whatever a model's name or an engine's error text contains.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from owl_deploy.bench.rows import SCHEMA_VERSION, Row
+from owl_deploy.report.conditions import conditions, method
+from owl_deploy.report.findings import Verdict, findings, verdict
+from owl_deploy.report.page.charts import Chart, indices, marker_path, pareto_chart, speedup_chart, strip
+from owl_deploy.report.page.memory import memory_figures
+from owl_deploy.report.paper import PAPER_SETTING
+from owl_deploy.report.pareto import front_text
+from owl_deploy.report.plots import COLOURS, styles
+from owl_deploy.report.series import Series, by_series, by_workload, model_name, sparsity_label
+from owl_deploy.report.tables import CSV_FIELDS, footnotes, shown_columns, split_cell, value_at
+from owl_deploy.report.text import enumeration, number, percent, ratio, size
+
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
+_VERDICTS: dict[Verdict, str] = {"faster": "▲", "slower": "▼", "no different": "≈"}
+
+
+@dataclass(frozen=True)
+class SpeedupCell:
+    """A row's speed-up over its own dense model; `symbol` and `verdict` say whether rounds agree that it is one."""
+
+    text: str
+    series: str
+    symbol: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown of one workload.
+
+    Attributes:
+        name: what tells it from the others; empty where it is alone.
+        columns: the series that have sparse rows.
+        table: sparsity, the cell of each column, and the paper's speed-up.
+        front: the Pareto front in words.
+    """
+
+    name: str
+    columns: list[str]
+    table: list[tuple[str, list[SpeedupCell | None], str]]
+    speedups: list[Chart]
+    pareto: Chart | None
+    front: str
+
+
+def page(rows: Sequence[Row], *, command: str, csv: str, results: str) -> str:
+    """The text of `report.html`.
+
+    Args:
+        command: the command line that made the report.
+        csv, results: the files beside it.
+    """
+    environment = Environment(
+        loader=PackageLoader("owl_deploy.report", "page"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"emphasised": _emphasised}
+    assets = files("owl_deploy.report") / "page"
+    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    drawn_as = styles(rows)
+    return environment.get_template("page.html.j2").render(
+        model=enumeration(sorted({model_name(row) for row in rows})),
+        machines=sorted({row.machine.cpu for row in rows}),
+        style=Markup(style),
+        style_hash=_sha256(style),
+        script=Markup(script),
+        script_hash=_sha256(script),
+        data=_embedded(rows),
+        findings=findings(rows),
+        legend=[(name, drawn_as[name], marker_path(drawn_as[name])) for name in drawn_as],
+        colours=COLOURS,
+        style_of=drawn_as,
+        marker_path=marker_path,
+        index=indices(drawn_as),
+        panels=[_panel(name, here) for name, here in by_workload(rows).items()],
+        paper_setting=PAPER_SETTING,
+        columns=shown_columns(rows),
+        entries=_entries(rows),
+        footnotes=footnotes(rows),
+        method=method(rows),
+        conditions=conditions(rows),
+        command=command,
+        csv=csv,
+        results=results,
+        has_deepsparse=any(row.engine == "deepsparse" for row in rows),
+        version=SCHEMA_VERSION,
+    )
+
+
+def _emphasised(text: str) -> Markup:
+    """`**` as bold; all else as it is written."""
+    return Markup(_BOLD.sub(r"<strong>\1</strong>", str(escape(text))))
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _embedded(rows: Sequence[Row]) -> Markup:
+    """The rows as JSON that cannot end the script element it stands in, nor open another."""
+    lines = ",\n".join(row.model_dump_json() for row in rows)
+    for character in "<>&\u2028\u2029":
+        lines = lines.replace(character, f"\\u{ord(character):04x}")
+    return Markup(f'{{"schema_version": {SCHEMA_VERSION}, "rows": [\n{lines}\n]}}')
+
+
+def _panel(name: str, rows: Sequence[Row]) -> Panel:
+    pareto = pareto_chart(rows)
+    compared = [one for one in by_series(rows) if any(not row.is_dense for row in one.rows)]
+    charts = (speedup_chart(rows, "speedup_same_engine"), speedup_chart(rows, "speedup_fastest_dense"))
+    return Panel(
+        name=name,
+        columns=[one.name for one in compared],
+        table=_speedups(compared),
+        speedups=[chart for chart in charts if chart is not None],
+        pareto=pareto[0] if pareto else None,
+        front=front_text(pareto[1]) if pareto else "",
+    )
+
+
+def _speedups(compared: Sequence[Series]) -> list[tuple[str, list[SpeedupCell | None], str]]:
+    """Every sparsity's speed-ups, engine by engine; bundles of equal sparsity have lines of their own."""
+    lines: dict[str, dict[str, Row]] = {}
+    every = [(one, row) for one in compared for row in one.rows]
+    for one, row in sorted(every, key=lambda pair: pair[1].sparsity_achieved):
+        lines.setdefault(one.label(row), {})[one.name] = row
+    return [
+        (
+            label,
+            [_speedup_cell(one.name, found.get(one.name)) for one in compared],
+            ratio(next((row.paper_speedup for row in found.values()), None)),
+        )
+        for label, found in lines.items()
+    ]
+
+
+def _speedup_cell(series: str, row: Row | None) -> SpeedupCell | None:
+    if row is None:
+        return None
+    if row.status == "failed":
+        return SpeedupCell("failed", series)
+    if row.speedup_same_engine is None or row.is_dense:
+        return SpeedupCell(ratio(row.speedup_same_engine), series)
+    found = verdict(row.speedup_same_engine, row.speedup_same_engine_spread)
+    shown = ratio(row.speedup_same_engine, row.speedup_same_engine_spread)
+    return SpeedupCell(shown, series, _VERDICTS[found], found)
+
+
+def _entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every row with what the tables and its own section show of it."""
+    series_of = {
+        id(row): one.name for here in by_workload(rows).values() for one in by_series(here) for row in one.rows
+    }
+    columns = shown_columns(rows)
+    entries = []
+    for series in by_series(rows):
+        for row in series.rows:
+            memory = memory_figures(row)
+            entries.append(
+                {
+                    "row": row,
+                    "id": f"row-{len(entries) + 1}",
+                    "series": series_of[id(row)],
+                    "name": series.name,
+                    "label": series.label(row),
+                    "sparsity": sparsity_label(row),
+                    "cells": [(split_cell(column.text(series, row)), _sort_value(row, column)) for column in columns],
+                    "file": size(row.file_bytes),
+                    "peak": size(row.peak_rss_bytes),
+                    "growth": size(row.rss_growth_bytes),
+                    "decode": number(row.decode_ms_p50),
+                    "gb_s": number(memory.gb_s) if memory else "–",
+                    "roof": number(row.machine.memory_bandwidth_gb_s),
+                    "share": memory.share if memory else None,
+                    "share_text": percent(round(memory.share, 2)) if memory else "–",
+                    "strip": strip(row),
+                    "figures": _figures(row),
+                }
+            )
+    return entries
+
+
+def _sort_value(row: Row, column: Any) -> str:
+    value = value_at(row, column.sort_by or column.fields[0])
+    return "" if value is None else str(value)
+
+
+def _figures(row: Row) -> list[tuple[str, str]]:
+    """The fields that are filled, by name and unrounded, but for the machine's, which all rows here share or name."""
+    shown = []
+    for name in CSV_FIELDS:
+        value = value_at(row, name)
+        if value is None or name.startswith("machine."):
+            continue
+        shown.append((name, json.dumps(value) if isinstance(value, dict | list | tuple) else _plain(value)))
+    return shown
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
