@@ -32,7 +32,7 @@ STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies tinyllama offload kernels test lint install engines other-tools cross clean
+.PHONY: demo studies tinyllama offload kernels test test-peers lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -71,6 +71,10 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 
 test: install engines other-tools cross lint  ## lint, types, and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-peers: install  ## llama.cpp, which is compiled first: many minutes
+	$(BIN)/owl-deploy engines install llama.cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama_cpp
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from owl_deploy.checkpoints.gguf import load_tokenizer, read_metadata
 from owl_deploy.checkpoints.load import load_model
 from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.llama_cpp_engine import LlamaCppEngine
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.errors import UnsupportedFamily, UserError
@@ -227,3 +228,177 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_left_out(tiny_with_tokenizer: Path,
     _, note = write_gguf(tiny_with_tokenizer, tmp_path, True, weights="f16")
     assert "token ids only: llama.cpp lacks its tokenizer" in note
     assert load_tokenizer(tmp_path / "model.gguf") is None
+
+
+# -------------------- the engine
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from owl_deploy.engines.environments import Environment
+from owl_deploy.engines.llama_cpp_engine import LlamaCppEngine
+
+def failure(action):
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+folder, context, long = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+model, ids = folder / "model.gguf", np.load(folder / "ids.npy")
+one = LlamaCppEngine(model, threads=1, context=context, prompts=())
+first, second = ids[:1, :context], ids[1:, :context]
+logits = {"at once": one.prefill(first)[0]}
+kept = one.prefill(second[:, :-9])
+decoded = [one.decode(second[:, column]) for column in range(context - 9, context)]
+logits["second"] = np.concatenate([kept[0], *decoded])
+failures = {"full": failure(lambda: one.decode(second[:, 0])), "empty": failure(lambda: one.prefill(ids[:1, :0]))}
+two = LlamaCppEngine(model, threads=1, context=long, prompts=(), batch=2)
+kept = two.prefill(ids[:, :-1])
+logits["batch"] = np.concatenate([kept, two.decode(ids[:, -1])[:, None]], axis=1)
+single = LlamaCppEngine(model, threads=1, context=long, prompts=())
+logits["one by one"] = np.concatenate([single.prefill(row[None]) for row in ids])
+failures["context"] = failure(lambda: LlamaCppEngine(model, threads=1, context=9999, prompts=()))
+damaged = folder / "damaged.gguf"
+damaged.write_bytes(model.read_bytes()[:2000])
+failures["damaged"] = failure(lambda: LlamaCppEngine(damaged, threads=1, context=context, prompts=()))
+np.savez(folder / "logits.npz", **logits)
+(folder / "facts.json").write_text(json.dumps({"facts": one.describe(), "failures": failures}))
+"""
+
+
+def run_in(interpreter: Path, script: str, *arguments: object) -> str:
+    """What a script prints under this interpreter; it must say nothing on stderr."""
+    finished = subprocess.run(
+        [str(interpreter), "-c", script, *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return finished.stdout
+
+
+def difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """The norm of the difference over that of what is expected."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize(
+    ("family", "changes", "weights"),
+    [
+        ("llama", {"tie_word_embeddings": True}, "f16"),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "f16"),
+        ("llama", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 100.0}, "f16"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "f16"),
+        ("mistral", {"head_dim": 32}, "f16"),
+        ("qwen2", {}, "f16"),
+        ("llama", {}, "q8_0"),
+        ("llama", {"tie_word_embeddings": True, "intermediate_size": 80}, "q4_0"),
+    ],
+)
+def test_llama_cpp_computes_what_torch_computes(
+    family: str,
+    changes: dict[str, Any],
+    weights: GgufWeights,
+    tmp_path: Path,
+    tiny_model: TinyModel,
+    llama_cpp_python: Path,
+) -> None:
+    model = loaded(tiny_model(family, **SHAPE | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # a new model's are all 0
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "checkpoint")
+    write(tmp_path / "checkpoint", tmp_path, weights)
+    ids = random_ids(2, LONG)
+    np.save(tmp_path / "ids.npy", ids)
+    run_in(llama_cpp_python, SCRIPT, tmp_path, CONTEXT, LONG)
+    logits, expected = np.load(tmp_path / "logits.npz"), logits_of(model, ids)
+    tolerance = ROUNDED_TOLERANCE[weights]
+    assert difference(logits["at once"], expected[0, :CONTEXT]) < tolerance
+    assert difference(logits["second"], expected[1, :CONTEXT]) < tolerance, "remembers the first, or decodes elsewhere"
+    assert difference(logits["batch"], expected) < tolerance
+    assert difference(logits["batch"], logits["one by one"]) < tolerance / 5
+    said = json.loads((tmp_path / "facts.json").read_text())
+    assert said["facts"]["kv_cache"] == "f16"
+    assert said["facts"]["batch_tokens"] == 256  # of a context of 40, which llama.cpp makes whole blocks
+    assert said["facts"]["instruction_set"] in ("amx", "avx512_vnni", "avx512", "avx2", "neon")
+    assert said["failures"]["full"] == f"ValueError: 1 tokens after {CONTEXT} do not fit a context of {CONTEXT}"
+    assert said["failures"]["empty"].startswith("ValueError: 0 tokens")
+    assert "made for sequences of 1200 tokens, and 9999 are asked for" in said["failures"]["context"]
+    assert "UserError" in said["failures"]["damaged"]
+    assert "damaged.gguf: llama.cpp cannot load it" in said["failures"]["damaged"]
+
+
+TOKENIZE = """
+import sys
+import llama_cpp
+
+model = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
+print(model.tokenize(open(sys.argv[2], "rb").read(), add_bos=True, special=True))
+"""
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(
+    byte_level: Path, tmp_path: Path, passage: str, llama_cpp_python: Path
+) -> None:
+    path = write(byte_level, tmp_path, has_tokenizer=True)
+    text = f"{passage} 12345 <|end|>\n\n  été"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = json.loads(run_in(llama_cpp_python, TOKENIZE, path, tmp_path / "text"))
+    assert ids == PreTrainedTokenizerFast.from_pretrained(byte_level)(text)["input_ids"]
+
+
+@pytest.mark.llama_cpp
+def test_a_bench_compares_llama_cpp_with_onnx_runtime_first(
+    tmp_path: Path, tiny_model: TinyModel, run_cli: RunCli, llama_cpp_python: Path
+) -> None:
+    assert llama_cpp_python.is_file()
+    checkpoint = tiny_model("llama", **SHAPE)
+    for flavor in ("genai", "gguf-f16", "gguf-q8_0", "gguf-q4_0"):
+        assert run_cli("export", checkpoint, "-o", tmp_path / "bundle", "--flavor", flavor).code == 0
+    ran = run_cli(
+        *("bench", tmp_path / "bundle", "--engines", "onnxruntime,llama.cpp", "--batch", "1,2", "--prompt", 24),
+        *("--new-tokens", 4, "--repetitions", 1, "--threads", 1, "--max-load", 99, "-o", tmp_path / "out", "--json"),
+    )
+    assert ran.code == 0
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [row["status"] for row in rows] == ["ok"] * 8
+    names = ["llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-q4_0"]
+    compared = {row["engine"]: row["parity"]["relative_difference"] for row in rows if row["engine"] in names}
+    assert list(compared) == names
+    assert 0 < compared["llama.cpp-f16"] < compared["llama.cpp-q8_0"] < compared["llama.cpp-q4_0"]
+
+
+def test_the_three_engines_have_one_short_name_and_one_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_DEPLOY_ENGINES", str(tmp_path))
+    with pytest.raises(UserError, match=r"llama.cpp-f16: not installed; run: owl-deploy engines install llama.cpp$"):
+        installed_engines("llama.cpp")
+    monkeypatch.setattr(Environment, "is_ready", lambda _: True)
+    specs = installed_engines("onnxruntime,llama.cpp")
+    assert [spec.name for spec in specs] == ["onnxruntime", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-q4_0"]
+    assert [spec.precision for spec in specs] == ["fp32", "f16", "q8_0", "q4_0"]
+    assert len({spec.environment for spec in specs}) == 2
+
+
+def test_importing_the_engine_imports_no_framework() -> None:
+    code = (
+        "import sys, owl_deploy.engines.llama_cpp_engine; print({'torch', 'transformers', 'gguf'} & set(sys.modules))"
+    )
+    assert run_in(Path(sys.executable), code).strip() == "set()"
+
+
+def test_without_llama_cpp_the_engine_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(UserError, match=r"owl-deploy engines install llama\.cpp"):
+        LlamaCppEngine(tmp_path / "model.gguf", threads=1, context=8, prompts=())
