@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from owl_deploy.checkpoints.gguf import load_tokenizer, read_metadata
@@ -189,7 +189,7 @@ def passage() -> str:
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel, passage: str) -> Path:
-    """A LLaMA with a byte-level BPE tokenizer that splits digits, as SmolLM2's does, and prepends BOS."""
+    """A LLaMA with a byte-level BPE tokenizer that splits digits, as SmolLM2's does."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -210,18 +210,66 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel, 
     return directory
 
 
-def test_the_tokenizer_comes_back_from_the_file(byte_level: Path, tmp_path: Path, passage: str) -> None:
-    path = write(byte_level, tmp_path, has_tokenizer=True)
-    original = PreTrainedTokenizerFast.from_pretrained(byte_level)
-    read_back = load_tokenizer(path)
+@pytest.fixture(scope="module")
+def with_spaces_marked(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel, passage: str) -> Path:
+    """A LLaMA with a tokenizer of LLaMA's kind: BPE with `▁` for a space, and bytes for what it does not know."""
+    marked = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(marked)
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trained.train_from_iterator([passage], trainers.BpeTrainer(vocab_size=240, show_progress=False))
+    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    letters, words = [piece for piece in pieces if len(piece) == 1], [piece for piece in pieces if len(piece) > 1]
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *words, *letters]
+    merges = [
+        (word[:cut], word[cut:])
+        for word in words
+        for cut in range(1, len(word))
+        if word[:cut] in pieces and word[cut:] in pieces
+    ]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(marked)
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    directory = tmp_path_factory.mktemp("with_spaces_marked")
+    loaded(tiny_model("llama", **SHAPE | {"vocab_size": 512})).save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+    return directory
+
+
+TOKENIZERS = pytest.mark.parametrize("model", ["byte_level", "with_spaces_marked"])
+
+
+def checkpoint_and_text(model: str, request: pytest.FixtureRequest, passage: str) -> tuple[Path, str]:
+    return request.getfixturevalue(model), f"{passage} 12345 — été, \n\n  naïve 🦉"
+
+
+@TOKENIZERS
+def test_the_tokenizer_comes_back_from_the_file(
+    model: str, tmp_path: Path, passage: str, request: pytest.FixtureRequest
+) -> None:
+    checkpoint, text = checkpoint_and_text(model, request, passage)
+    original = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    read_back = load_tokenizer(write(checkpoint, tmp_path, has_tokenizer=True))
     assert read_back is not None
-    text = f"{passage} 12345 <|end|>\n\n  été"
     assert read_back(text)["input_ids"] == original(text)["input_ids"]
-    assert (read_back.bos_token, read_back.eos_token) == ("<|start|>", "<|end|>")
-    metadata = read_metadata(path)
-    assert metadata["tokenizer.ggml.pre"] == "smollm"
-    assert metadata["tokenizer.ggml.add_bos_token"] is False
-    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    assert (read_back.bos_token, read_back.eos_token) == (original.bos_token, original.eos_token)
+
+
+def test_what_the_file_says_of_its_tokenizer(byte_level: Path, with_spaces_marked: Path, tmp_path: Path) -> None:
+    bytes_, spaces = (
+        read_metadata(write(checkpoint, tmp_path / checkpoint.name, has_tokenizer=True))
+        for checkpoint in (byte_level, with_spaces_marked)
+    )
+    assert (bytes_["tokenizer.ggml.model"], bytes_["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    assert bytes_["tokenizer.chat_template"] == "{{ messages }}"
+    assert bytes_["tokenizer.ggml.add_bos_token"] is False
+    assert spaces["tokenizer.ggml.model"] == "llama"
+    assert spaces["tokenizer.ggml.add_bos_token"] is True
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_left_out(tiny_with_tokenizer: Path, tmp_path: Path) -> None:
@@ -347,14 +395,15 @@ print(model.tokenize(open(sys.argv[2], "rb").read(), add_bos=True, special=True)
 
 
 @pytest.mark.llama_cpp
+@TOKENIZERS
 def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(
-    byte_level: Path, tmp_path: Path, passage: str, llama_cpp_python: Path
+    model: str, tmp_path: Path, passage: str, request: pytest.FixtureRequest, llama_cpp_python: Path
 ) -> None:
-    path = write(byte_level, tmp_path, has_tokenizer=True)
-    text = f"{passage} 12345 <|end|>\n\n  été"
+    checkpoint, text = checkpoint_and_text(model, request, passage)
     (tmp_path / "text").write_text(text, encoding="utf-8")
+    path = write(checkpoint, tmp_path, has_tokenizer=True)
     ids = json.loads(run_in(llama_cpp_python, TOKENIZE, path, tmp_path / "text"))
-    assert ids == PreTrainedTokenizerFast.from_pretrained(byte_level)(text)["input_ids"]
+    assert ids == PreTrainedTokenizerFast.from_pretrained(checkpoint)(text)["input_ids"]
 
 
 @pytest.mark.llama_cpp

@@ -7,6 +7,7 @@ another tokenizer takes and gives token ids, which is all that a benchmark needs
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -25,19 +26,25 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> str:
     """Describe `tokenizer` in the file of a model with `vocabulary` words, and say in words what was done."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer is not None and tokenizer.is_fast else None
-    splits = _pre_tokenizer(backend) if backend else None
-    if tokenizer is None or backend is None or splits is None:
+    if tokenizer is None:
         writer.add_tokenizer_model("none")
-        return "token ids only: no tokenizer" if tokenizer is None else "token ids only: llama.cpp lacks its tokenizer"
+        return "token ids only: no tokenizer"
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+    if backend is not None and (splits := _pre_tokenizer(backend)) is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(splits)
+        writer.add_token_merges([" ".join(merge) for merge in _merges(backend)])
+    elif backend is not None and _is_sentencepiece(backend):
+        splits = "sentencepiece"
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([-float(index) for index in range(vocabulary)])  # the earlier merged, the better
+    else:
+        writer.add_tokenizer_model("none")
+        return "token ids only: llama.cpp lacks its tokenizer"
     tokens, types = _tokens(backend, vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splits)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
-    )
     for token, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.eos_token_id, writer.add_eos_token_id),
@@ -72,6 +79,28 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str | None:
     return _PRE_TOKENIZERS.get((*rules, *(["words"] if last["use_regex"] else [])))
 
 
+def _is_sentencepiece(backend: dict[str, Any]) -> bool:
+    """Whether it is LLaMA's: BPE on text whose spaces are `▁`, in which the token of the smaller id is merged first."""
+    vocabulary = backend["model"].get("vocab")
+    if backend["model"]["type"] != "BPE" or "<0x00>" not in vocabulary:
+        return False
+    spaces = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    normalizer, pre = backend["normalizer"] or {}, backend["pre_tokenizer"] or {}
+    replaced = normalizer.get("normalizers") == spaces and not pre
+    split = pre.get("type") == "Metaspace" and pre["prepend_scheme"] == "first" and not pre["split"] and not normalizer
+    merged = [vocabulary["".join(merge)] for merge in _merges(backend)]
+    return (replaced or split) and merged == sorted(merged)
+
+
+def _merges(backend: dict[str, Any]) -> list[list[str]]:
+    """The pairs of tokens that become one, the first ones first; older files write a pair as one string."""
+    merges = backend["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
 def _keeps_text(normalizer: dict[str, Any] | None) -> bool:
     """Whether it changes nothing. NFC passes for nothing: llama.cpp takes text as already composed."""
     if normalizer is None or normalizer["type"] == "NFC":
@@ -84,7 +113,8 @@ def _tokens(backend: dict[str, Any], vocabulary: int) -> tuple[list[str], list[T
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
     for text, index in backend["model"]["vocab"].items():
-        tokens[index], types[index] = text, TokenType.NORMAL
+        is_byte = backend["model"]["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        tokens[index], types[index] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
     for added in backend["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], kind
