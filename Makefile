@@ -47,7 +47,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test lint install engines other-tools cross clean
+.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -103,6 +103,10 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 
 test: install engines other-tools cross lint  ## lint, types, and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-peers: install  ## llama.cpp, which is compiled first: many minutes
+	$(BIN)/owl-deploy engines install llama.cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama_cpp
 
 lint: install
 	$(BIN)/ruff check .

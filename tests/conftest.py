@@ -149,10 +149,20 @@ def smollm2_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def deepsparse_python() -> Path:
     """The interpreter that DeepSparse is installed for."""
-    from owl_deploy.engines.registry import ENGINES
+    return _interpreter_of("deepsparse")
 
-    environment = ENGINES["deepsparse"].environment
+
+@pytest.fixture(scope="session")
+def llama_cpp_python() -> Path:
+    """The interpreter that llama.cpp is installed for."""
+    return _interpreter_of("llama.cpp")
+
+
+def _interpreter_of(engine: str) -> Path:
+    from owl_deploy.engines.registry import environment_of
+
+    environment, _ = environment_of(engine)
     assert environment is not None
     if not environment.is_ready():
-        pytest.skip(f"deepsparse: {environment.problem()}")
+        pytest.skip(f"{engine}: {environment.problem()}")
     return environment.interpreter

@@ -37,7 +37,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer a GGUF file describes, or None when it describes none."""
     metadata = read_metadata(path)
-    if "tokenizer.ggml.model" not in metadata:
+    if metadata.get("tokenizer.ggml.model", "none") == "none":
         return None
     rebuilt = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     backend = Tokenizer.from_str(rebuilt.backend_tokenizer.to_str())

@@ -22,23 +22,25 @@ def install(
 ) -> None:
     """Make the virtual environment of an engine that cannot share owl-deploy's.
 
-    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older.
+    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older;
+    llama.cpp is compiled, for which it needs a C++ compiler and many minutes.
 
     Examples:
 
         owl-deploy engines install deepsparse
+        owl-deploy engines install llama.cpp
     """
-    from owl_deploy.engines.registry import engine_spec
+    from owl_deploy.engines.registry import environment_of
 
-    spec = engine_spec(name)
+    environment, licence = environment_of(name)
     reporter = Reporter(quiet=quiet)
-    if spec.environment is None:
+    if environment is None:
         reporter.step(f"{name}: comes with owl-deploy")
-    elif spec.environment.is_ready():
-        reporter.step(f"{name}: already in {spec.environment.directory}")
+    elif environment.is_ready():
+        reporter.step(f"{name}: already in {environment.directory}")
     else:
-        reporter.step(f"{name}: installing into {spec.environment.directory} (licence: {spec.licence})")
-        spec.environment.install()
+        reporter.step(f"{name}: installing into {environment.directory} (licence: {licence})")
+        environment.install()
         reporter.step(f"{name}: ready")
 
 

@@ -13,7 +13,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.files import locked, read_json, write_json
 
 _READY = "owl-deploy.json"
-_TIMEOUT_S = 1800
+_TIMEOUT_S = 3 * 3600  # llama.cpp is compiled, by one slow core at worst
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Environment:
 
     Attributes:
         pythons: versions of Python it can be made with, best first.
-        requirements: what pip installs.
+        requirements: what pip installs, and the options it is given.
         check: Python code that fails in an environment that would not work.
     """
 

@@ -39,6 +39,20 @@ class EngineSpec:
         return precision_of(self.flavors[0])
 
 
+_GGUF: dict[str, Flavor] = {"f16": "gguf-f16", "q8_0": "gguf-q8_0", "q4_0": "gguf-q4_0"}
+_LLAMA_CPP = Environment(
+    name="llama.cpp",
+    pythons=("3.11", "3.12", "3.13", "3.10", "3.9", "3.8"),
+    # Compiled here, for this CPU; without its image models and its downloads.
+    requirements=(
+        "llama-cpp-python==0.3.36",
+        "--config-settings=cmake.define.GGML_NATIVE=ON",
+        "--config-settings=cmake.define.LLAVA_BUILD=OFF",
+        "--config-settings=cmake.define.LLAMA_OPENSSL=OFF",
+    ),
+    check="import llama_cpp; llama_cpp.llama_print_system_info()",
+)
+
 ENGINES = {
     spec.name: spec
     for spec in (
@@ -81,6 +95,19 @@ ENGINES = {
             package="deepsparse",
             licence="Neural Magic, discontinued in 2025: evaluation in development and testing, not production",
         ),
+        *(
+            EngineSpec(
+                name=f"llama.cpp-{weights}",
+                module="owl_deploy.engines.llama_cpp_engine",
+                class_name="LlamaCppEngine",
+                flavors=(flavor,),
+                environment=_LLAMA_CPP,
+                package="llama-cpp-python",
+                licence="MIT",
+                runs_batches=True,
+            )
+            for weights, flavor in _GGUF.items()
+        ),
     )
 }
 
@@ -102,14 +129,29 @@ def installed_engines(names: str) -> list[EngineSpec]:
 
 
 def named_engines(names: str) -> list[EngineSpec]:
-    """The engines of a comma-separated list, each once; `sparse` is short for its three weight formats.
+    """The engines of a comma-separated list, each once; `sparse` and `llama.cpp` are short for their weight formats.
 
     Raises:
         UserError: one is unknown.
     """
-    every_format = ",".join(sparse_flavor(weights) for weights in WEIGHTS)
-    wanted = [every_format if name.strip() == "sparse" else name.strip() for name in names.split(",")]
-    return [engine_spec(name) for name in dict.fromkeys(",".join(wanted).split(","))]
+    wanted = [full_name for name in names.split(",") for full_name in _full_names(name.strip())]
+    return [engine_spec(name) for name in dict.fromkeys(wanted)]
+
+
+def environment_of(name: str) -> tuple[Environment | None, str]:
+    """The environment of an engine, or of those that `name` is short for, and their licence.
+
+    Raises:
+        UserError: there is no such engine.
+    """
+    spec = engine_spec(_full_names(name)[0])
+    return spec.environment, spec.licence
+
+
+def _full_names(name: str) -> list[str]:
+    """What `name` is short for: every engine called `name-…`, if none is called `name`."""
+    longer = [engine for engine in ENGINES if engine.startswith(f"{name}-")]
+    return [name] if name in ENGINES or not longer else longer
 
 
 def engine_spec(name: str) -> EngineSpec:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from owl_deploy.export.names import Flavor
+from owl_deploy.export.peer_gguf import write_gguf
 from owl_deploy.export.peer_torch import write_torch
 
 Exporter = Callable[[Path, Path, bool], tuple[str, str]]
@@ -14,7 +16,12 @@ Exporter = Callable[[Path, Path, bool], tuple[str, str]]
 Raises `UnsupportedFamily` where its tool does not know the architecture, `UserError` where that is missing or fails.
 """
 
-_EXPORTERS: dict[Flavor, Exporter] = {"torch": write_torch}
+_EXPORTERS: dict[Flavor, Exporter] = {
+    "gguf-f16": partial(write_gguf, weights="f16"),
+    "gguf-q8_0": partial(write_gguf, weights="q8_0"),
+    "gguf-q4_0": partial(write_gguf, weights="q4_0"),
+    "torch": write_torch,
+}
 
 
 def write_peer(flavor: Flavor, checkpoint: Path, out: Path, *, has_tokenizer: bool) -> tuple[str, str]:
