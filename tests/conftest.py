@@ -149,10 +149,20 @@ def smollm2_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def deepsparse_python() -> Path:
     """The interpreter that DeepSparse is installed for."""
+    return _interpreter_of("deepsparse")
+
+
+@pytest.fixture(scope="session")
+def openvino_python() -> Path:
+    """The interpreter that OpenVINO is installed for."""
+    return _interpreter_of("openvino")
+
+
+def _interpreter_of(engine: str) -> Path:
     from owl_deploy.engines.registry import ENGINES
 
-    environment = ENGINES["deepsparse"].environment
+    environment = ENGINES[engine].environment
     assert environment is not None
     if not environment.is_ready():
-        pytest.skip(f"deepsparse: {environment.problem()}")
+        pytest.skip(f"{engine}: {environment.problem()}")
     return environment.interpreter

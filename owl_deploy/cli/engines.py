@@ -22,11 +22,14 @@ def install(
 ) -> None:
     """Make the virtual environment of an engine that cannot share owl-deploy's.
 
-    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older.
+    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older;
+    OpenVINO's three engines share one environment.
 
     Examples:
 
         owl-deploy engines install deepsparse
+
+        owl-deploy engines install openvino
     """
     from owl_deploy.engines.registry import engine_spec
 

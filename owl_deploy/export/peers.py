@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from owl_deploy.export.names import Flavor
+from owl_deploy.export.peer_genai import write_genai_int4, write_genai_int8
+from owl_deploy.export.peer_openvino import write_openvino
 from owl_deploy.export.peer_torch import write_torch
 
 Exporter = Callable[[Path, Path, bool], tuple[str, str]]
@@ -14,7 +17,14 @@ Exporter = Callable[[Path, Path, bool], tuple[str, str]]
 Raises `UnsupportedFamily` where its tool does not know the architecture, `UserError` where that is missing or fails.
 """
 
-_EXPORTERS: dict[Flavor, Exporter] = {"torch": write_torch}
+_EXPORTERS: dict[Flavor, Exporter] = {
+    "torch": write_torch,
+    "genai-int8": write_genai_int8,
+    "genai-int4": write_genai_int4,
+    "openvino": partial(write_openvino, "fp32"),
+    "openvino-int8": partial(write_openvino, "int8"),
+    "openvino-int4": partial(write_openvino, "int4"),
+}
 
 
 def write_peer(flavor: Flavor, checkpoint: Path, out: Path, *, has_tokenizer: bool) -> tuple[str, str]:
