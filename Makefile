@@ -80,15 +80,14 @@ table8: install engines  ## decode latency at 10% to 90% in DeepSparse, ONNX Run
 tinyllama: install  ## decode and prefill of every sparse format against dense fp32 and int4
 	test -d $(TINYLLAMA)/0/checkpoint || $(BIN)/python benchmarks/random_checkpoint.py $(TINYLLAMA)/0/checkpoint
 	$(BIN)/owl-deploy export $(TINYLLAMA)/0/checkpoint -o $(TINYLLAMA)/0/bundle --flavor genai
-	test -f $(TINYLLAMA)/int4/model.onnx || \
-	  $(BIN)/python benchmarks/int4_graph.py $(TINYLLAMA)/0/checkpoint $(TINYLLAMA)/int4
+	$(BIN)/owl-deploy export $(TINYLLAMA)/0/checkpoint -o $(TINYLLAMA)/0/bundle --flavor genai-int4
 	for sparsity in 0.5 0.7 0.9; do \
 	  test -d $(TINYLLAMA)/$$sparsity/checkpoint || $(BIN)/owl-deploy prune $(TINYLLAMA)/0/checkpoint \
 	    -o $(TINYLLAMA)/$$sparsity/checkpoint --sparsity $$sparsity --method magnitude --allocation uniform || exit; \
 	  $(BIN)/owl-deploy export $(TINYLLAMA)/$$sparsity/checkpoint -o $(TINYLLAMA)/$$sparsity/bundle \
 	    --flavor sparse --weights packed32,packed16,int8 || exit; \
 	done
-	$(BIN)/python benchmarks/decode.py $(TINYLLAMA)/decode.csv $(TINYLLAMA)/0/bundle/genai $(TINYLLAMA)/int4 \
+	$(BIN)/python benchmarks/decode.py $(TINYLLAMA)/decode.csv $(TINYLLAMA)/0/bundle/genai $(TINYLLAMA)/0/bundle/genai-int4 \
 	  $(foreach sparsity,0.5 0.7 0.9,$(foreach weights,packed32 packed16 int8,$(TINYLLAMA)/$(sparsity)/bundle/sparse-$(weights)))
 
 # Random weights at the geometry of LLaMA-7B: 27 GB of disk, 2.3 GiB of memory, 17 minutes.

@@ -3,9 +3,9 @@
     python benchmarks/decode.py OUT.csv DENSE_GRAPH_DIR GRAPH_DIR... [--threads 2] [--kernels avx512,avx2]
         [--past 127] [--new-tokens 12] [--rounds 7]
 
-Each directory holds a `model.onnx` as `owl-deploy export` makes it (`BUNDLE/genai`, `BUNDLE/sparse-int8` …), or as
-onnxruntime-genai's builder does, for other precisions. Every configuration runs in a process of its own, stopped while
-another is timed; ratios to the first one are taken within a round, and their median is reported.
+Each directory holds a `model.onnx` as `owl-deploy export` makes it (`BUNDLE/genai`, `BUNDLE/genai-int4`,
+`BUNDLE/sparse-int8` …). Every configuration runs in a process of its own, stopped while another is timed; ratios to
+the first one are taken within a round, and their median is reported.
 """
 
 from __future__ import annotations

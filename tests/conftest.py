@@ -158,6 +158,12 @@ def llama_cpp_python() -> Path:
     return _interpreter_of("llama.cpp")
 
 
+@pytest.fixture(scope="session")
+def openvino_python() -> Path:
+    """The interpreter that OpenVINO is installed for."""
+    return _interpreter_of("openvino")
+
+
 def _interpreter_of(engine: str) -> Path:
     from owl_deploy.engines.registry import environment_of
 

@@ -23,12 +23,16 @@ def install(
     """Make the virtual environment of an engine that cannot share owl-deploy's.
 
     It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older;
-    llama.cpp is compiled, for which it needs a C++ compiler and many minutes.
+    llama.cpp is compiled, for which it needs a C++ compiler and many minutes. OpenVINO's three engines share one
+    environment.
 
     Examples:
 
         owl-deploy engines install deepsparse
+
         owl-deploy engines install llama.cpp
+
+        owl-deploy engines install openvino
     """
     from owl_deploy.engines.registry import environment_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import selectors
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from owl_deploy.engines.environments import process_variables
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
 
@@ -47,8 +47,6 @@ class EngineProcess:
         if spec.environment is not None and not spec.environment.is_ready():
             raise UserError(f"engine {spec.name}: {spec.environment.problem()}")
         interpreter = str(spec.environment.interpreter) if spec.environment else sys.executable
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NM_DISABLE_ANALYTICS": "1"}
-        environment.pop("PYTHONPATH", None)  # another interpreter's packages
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [interpreter, str(_WORKER), spec.module, spec.class_name],
@@ -56,7 +54,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=environment,
+            env=process_variables(spec.environment) | {"OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # an interrupt at the terminal is ours to handle
         )
 

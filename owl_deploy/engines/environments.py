@@ -24,12 +24,14 @@ class Environment:
         pythons: versions of Python it can be made with, best first.
         requirements: what pip installs, and the options it is given.
         check: Python code that fails in an environment that would not work.
+        variables: (name, value) of what its programs find in their own environment.
     """
 
     name: str
     pythons: tuple[str, ...]
     requirements: tuple[str, ...]
     check: str
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -87,17 +89,27 @@ class Environment:
             write_json(self.directory / _READY, {"requirements": list(self.requirements), "python": python})
 
     def _run(self, command: list[str]) -> None:
-        environment = {**os.environ, "NM_DISABLE_ANALYTICS": "1"}
-        environment.pop("PYTHONPATH", None)
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=environment
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_TIMEOUT_S,
+                env=process_variables(self),
             )
         except subprocess.TimeoutExpired as error:
             raise UserError(f"engine {self.name}: installation took over {_TIMEOUT_S} s and was stopped") from error
         if done.returncode != 0:
             last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
             raise UserError(f"engine {self.name}: {' '.join(command[:4])} … failed: {last}")
+
+
+def process_variables(environment: Environment | None) -> dict[str, str]:
+    """The variables that a program of this virtual environment is started with; None stands for our own."""
+    variables = {**os.environ, **dict(environment.variables if environment else ())}
+    variables.pop("PYTHONPATH", None)  # another interpreter's packages
+    return variables
 
 
 def find_python(versions: tuple[str, ...]) -> str | None:

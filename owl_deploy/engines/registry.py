@@ -53,6 +53,26 @@ _LLAMA_CPP = Environment(
     check="import llama_cpp; llama_cpp.llama_print_system_info()",
 )
 
+_ROUNDED_GENAI: tuple[Flavor, ...] = ("genai-int8", "genai-int4")
+_OPENVINO: tuple[Flavor, ...] = ("openvino", "openvino-int8", "openvino-int4")
+
+OPENVINO = Environment(
+    name="openvino",
+    pythons=("3.11", "3.12", "3.13", "3.10"),
+    # torch and transformers are for the conversion. optimum-intel 2.2.0 requires torchvision, whose builds on PyPI do
+    # not go with a CPU build of torch.
+    requirements=(
+        "torch==2.13.0",
+        "transformers==5.5.4",
+        "optimum-intel==2.1.0",
+        "nncf==3.4.0",
+        "openvino==2026.4.1",
+    ),
+    check="import openvino, nncf, optimum.exporters.openvino",
+    # Or importing it reports to its maker, through Google Analytics, unless the user has opted out.
+    variables=(("CI", "true"),),
+)
+
 ENGINES = {
     spec.name: spec
     for spec in (
@@ -81,6 +101,45 @@ ENGINES = {
             )
             for weights in WEIGHTS
         ),
+        *(
+            EngineSpec(
+                name=f"onnxruntime-{precision_of(flavor)}",
+                module="owl_deploy.engines.onnxruntime_engine",
+                class_name="OnnxRuntimeEngine",
+                flavors=(flavor,),
+                environment=None,
+                package="onnxruntime",
+                licence="MIT",
+                runs_batches=True,
+            )
+            for flavor in _ROUNDED_GENAI
+        ),
+        *(
+            EngineSpec(
+                name=flavor,
+                module="owl_deploy.engines.openvino_engine",
+                class_name="OpenVinoFp32Engine" if flavor == "openvino" else "OpenVinoEngine",
+                flavors=(flavor,),
+                environment=OPENVINO,
+                package="openvino",
+                licence="Apache-2.0",
+                runs_batches=True,
+            )
+            for flavor in _OPENVINO
+        ),
+        *(
+            EngineSpec(
+                name=name,
+                module="owl_deploy.engines.torch_engine",
+                class_name=class_name,
+                flavors=("torch",),
+                environment=None,
+                package="torch",
+                licence="BSD-3-Clause; transformers' is Apache-2.0",
+                runs_batches=True,
+            )
+            for name, class_name in (("torch", "TorchEngine"), ("torch-compiled", "CompiledTorchEngine"))
+        ),
         EngineSpec(
             name="deepsparse",
             module="owl_deploy.engines.deepsparse_engine",
@@ -91,6 +150,7 @@ ENGINES = {
                 pythons=("3.11", "3.10", "3.9", "3.8"),
                 requirements=("deepsparse==1.8.0", "sparsezoo==1.8.1", "setuptools<81", "numpy<2"),
                 check="import numpy, deepsparse; assert int(numpy.__version__.split('.')[0]) < 2, 'numpy 2'",
+                variables=(("NM_DISABLE_ANALYTICS", "1"),),
             ),
             package="deepsparse",
             licence="Neural Magic, discontinued in 2025: evaluation in development and testing, not production",

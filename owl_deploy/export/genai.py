@@ -1,18 +1,33 @@
-"""The `genai/` flavor: onnxruntime-genai's graph, with GroupQueryAttention and a shared KV buffer."""
+"""The `genai*` flavors: onnxruntime-genai's graph, with GroupQueryAttention and a shared KV buffer."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
 from owl_deploy.errors import UnsupportedFamily, UserError
 
 
-def write_genai(checkpoint: Path, out: Path, *, has_tokenizer: bool) -> None:
-    """Write an fp32 CPU graph, `genai_config.json` and, if there is one, the tokenizer into the directory `out`.
+def write_genai(
+    checkpoint: Path,
+    out: Path,
+    *,
+    has_tokenizer: bool,
+    precision: Literal["fp32", "int4"] = "fp32",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write a CPU graph, `genai_config.json` and, if there is one, the tokenizer into the directory `out`.
+
+    Args:
+        precision: of its weights; all else is fp32.
+        options: the builder's own.
 
     The builder saves the tokenizer last; without one it has then written the graph and the config, and fails.
 
@@ -22,17 +37,11 @@ def write_genai(checkpoint: Path, out: Path, *, has_tokenizer: bool) -> None:
     """
     from onnxruntime_genai.models.builder import create_model
 
-    printed = io.StringIO()
     try:
-        with (
-            tempfile.TemporaryDirectory(dir=out, prefix=".cache-") as cache,
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory(dir=out, prefix=".cache-") as cache, silence():
             # hf_token, hf_remote: local files only, no account is looked for.
-            create_model("", str(checkpoint), str(out), "fp32", "cpu", cache, hf_token="false", hf_remote=False)
+            local = {"hf_token": "false", "hf_remote": False}
+            create_model("", str(checkpoint), str(out), precision, "cpu", cache, **local, **options)
     except NotImplementedError as error:
         raise UnsupportedFamily(
             f"{checkpoint}: onnxruntime-genai's builder does not know this family; use --flavor standard"
@@ -42,3 +51,17 @@ def write_genai(checkpoint: Path, out: Path, *, has_tokenizer: bool) -> None:
         if has_tokenizer or not written:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{checkpoint}: onnxruntime-genai's builder failed ({reason})") from error
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep what the builder and ONNX Runtime's quantiser print, warn of and log from the terminal."""
+    printed = io.StringIO()
+    disabled = logging.root.manager.disable
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.INFO)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from owl_deploy.export.names import Flavor
+from owl_deploy.export.peer_genai import write_genai_int4, write_genai_int8
 from owl_deploy.export.peer_gguf import write_gguf
+from owl_deploy.export.peer_openvino import write_openvino
 from owl_deploy.export.peer_torch import write_torch
 
 Exporter = Callable[[Path, Path, bool], tuple[str, str]]
@@ -17,10 +19,15 @@ Raises `UnsupportedFamily` where its tool does not know the architecture, `UserE
 """
 
 _EXPORTERS: dict[Flavor, Exporter] = {
+    "torch": write_torch,
+    "genai-int8": write_genai_int8,
+    "genai-int4": write_genai_int4,
+    "openvino": partial(write_openvino, "fp32"),
+    "openvino-int8": partial(write_openvino, "int8"),
+    "openvino-int4": partial(write_openvino, "int4"),
     "gguf-f16": partial(write_gguf, weights="f16"),
     "gguf-q8_0": partial(write_gguf, weights="q8_0"),
     "gguf-q4_0": partial(write_gguf, weights="q4_0"),
-    "torch": write_torch,
 }
 
 

@@ -145,7 +145,10 @@ def place_labels(
 
 # To the right first, then above and below it, to the left at last.
 _TURNS = tuple(
-    sign * 2 * math.pi * step / _DIRECTIONS for step in range(_DIRECTIONS // 2 + 1) for sign in (1, -1) if step or sign > 0
+    sign * 2 * math.pi * step / _DIRECTIONS
+    for step in range(_DIRECTIONS // 2 + 1)
+    for sign in (1, -1)
+    if step or sign > 0
 )
 
 

@@ -89,7 +89,9 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
     drawn = [(axes, points_of(here)) for axes, here in zip(every_axes, workloads.values(), strict=True)]
     for (axes, points), name in zip(drawn, workloads, strict=True):
         _draw_pareto(axes, points, drawn_as)
-        axes.set_title("\n".join(filter(None, [name, "perplexity against decode time: lower and further left is better"])))
+        axes.set_title(
+            "\n".join(filter(None, [name, "perplexity against decode time: lower and further left is better"]))
+        )
         _tidy(axes)
     figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
     _legend(figure)
@@ -254,7 +256,9 @@ def _percentages(rows: Sequence[Row]) -> list[float]:
 
 def _error_bars(rows: Sequence[Row], speedups: Sequence[float]) -> tuple[list[float], list[float]]:
     """Lengths below and above each speed-up; none where a row has no spread."""
-    bars = [uncertainty(row.speedup_same_engine_spread) or (value, value) for row, value in zip(rows, speedups, strict=True)]
+    bars = [
+        uncertainty(row.speedup_same_engine_spread) or (value, value) for row, value in zip(rows, speedups, strict=True)
+    ]
     below = [max(0.0, value - low) for value, (low, _) in zip(speedups, bars, strict=True)]
     above = [max(0.0, high - value) for value, (_, high) in zip(speedups, bars, strict=True)]
     return below, above

@@ -129,7 +129,9 @@ class Strip:
     rounds: list[tuple[float, str, float]]
 
 
-def speedup_chart(rows: Sequence[Row], speedup: Literal["speedup_same_engine", "speedup_fastest_dense"]) -> Chart | None:
+def speedup_chart(
+    rows: Sequence[Row], speedup: Literal["speedup_same_engine", "speedup_fastest_dense"]
+) -> Chart | None:
     """Speed-up by sparsity of one workload's rows, with error bars; beside it the paper's. None without any."""
     series = [
         (one, [(row, value) for row in one.rows if (value := getattr(row, speedup)) is not None])
@@ -179,9 +181,7 @@ def pareto_chart(rows: Sequence[Row]) -> tuple[Chart, list[Point]] | None:
     frame = _PARETO_FRAME
     times, perplexities = [point.decode_ms for point in points], [point.perplexity for point in points]
     x = Scale(min(times) / 1.15, max(times) * 1.25, frame.left, frame.left + frame.width, logarithmic=True)
-    y = Scale(
-        min(perplexities) / 1.12, max(perplexities) * 1.12, frame.top + frame.height, frame.top, logarithmic=True
-    )
+    y = Scale(min(perplexities) / 1.12, max(perplexities) * 1.12, frame.top + frame.height, frame.top, logarithmic=True)
     ordered = sorted(points, key=lambda point: (not point.in_front, point.decode_ms))
     spots = [(x.at(point.decode_ms), y.at(point.perplexity)) for point in ordered]
     sizes = [(_CHARACTER_WIDTH * len(point.label), _LABEL_HEIGHT) for point in ordered]
