@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,31 +17,62 @@ from owl_deploy.sparse.library import library_path
 
 from .conftest import TESTS
 
-ROOT = TESTS.parent
-GEOMETRY = ["--blocks", "2", "--hidden-size", "64", "--feed-forward", "128", "--heads", "4", "--kv-heads", "2"]
+GEOMETRY = [
+    "--blocks",
+    "2",
+    "--hidden-size",
+    "64",
+    "--feed-forward",
+    "128",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--words",
+    "96",
+]
 WORKLOAD = ["--prompt", "8", "--new-tokens", "2", "--repetitions", "1", "--threads", "1", "--max-load", "99"]
 
 
-def table8(out: Path, sparsities: str, *options: str) -> subprocess.CompletedProcess[str]:
-    engines = ["--engines", "onnxruntime,sparse-packed32"]
-    command = [sys.executable, "benchmarks/table8.py", str(out), *GEOMETRY, "--words", "96", *WORKLOAD, *engines]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    asked = [*command, "--sparsities", sparsities, *options]
-    return subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+class Ended(NamedTuple):
+    code: int
+    stderr: str
+
+
+Table8 = Callable[..., Ended]
+
+
+@pytest.fixture
+def table8(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Table8:
+    """Run the script in this process; its levels are made in processes of their own."""
+    monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
+    script = importlib.import_module("table8")
+
+    def run(out: Path, sparsities: str, *options: str) -> Ended:
+        asked = [*GEOMETRY, *WORKLOAD, "--engines", "onnxruntime,sparse-packed32", "--sparsities", sparsities, *options]
+        monkeypatch.setattr(sys, "argv", ["table8.py", str(out), *asked])
+        capfd.readouterr()
+        try:
+            script.main()
+        except SystemExit as end:
+            return Ended(int(end.code or 0), capfd.readouterr().err)
+        return Ended(0, capfd.readouterr().err)
+
+    return run
 
 
 def of(rows: list[Row]) -> list[tuple[str, float | None]]:
     return sorted((row.engine, row.sparsity_asked) for row in rows if not row.is_dense)
 
 
-def test_levels_join_those_that_are_there(tmp_path: Path) -> None:
+def test_levels_join_those_that_are_there(table8: Table8, tmp_path: Path) -> None:
     try:
         library_path()
     except UserError as error:
         pytest.skip(str(error))
     out = tmp_path / "out"
     first = table8(out, "0.5", "--keep")
-    assert first.returncode == 0, first.stderr
+    assert first.code == 0, first.stderr
     assert sorted(path.name for path in (out / "work").iterdir() if path.is_dir()) == ["0"]
     before = read_rows(out / "results.jsonl")
     assert of(before) == [("onnxruntime", 0.5), ("sparse-packed32", 0.5)]
@@ -49,7 +81,7 @@ def test_levels_join_those_that_are_there(tmp_path: Path) -> None:
     assert all(row.status == "ok" and row.speedup_fastest_dense for row in before)
 
     second = table8(out, "0.5,0.7")
-    assert second.returncode == 0, second.stderr
+    assert second.code == 0, second.stderr
     assert "1 of 2 levels are there" in second.stderr
     after = read_rows(out / "results.jsonl")
     assert of(after) == [(engine, level) for engine in ("onnxruntime", "sparse-packed32") for level in (0.5, 0.7)]
@@ -63,12 +95,12 @@ def test_levels_join_those_that_are_there(tmp_path: Path) -> None:
 
     measured = (out / "measurements.jsonl").read_bytes()
     third = table8(out, "0.5,0.7")
-    assert third.returncode == 0, third.stderr
+    assert third.code == 0, third.stderr
     assert (out / "measurements.jsonl").read_bytes() == measured
     assert not (out / "work").exists()
 
     other = table8(out, "0.5", "--blocks", "1")
-    assert other.returncode == 2
+    assert other.code == 2
     assert "holds Table 8 of another model" in other.stderr
     inputs = json.loads((out / "inputs.json").read_text())
     assert inputs["model"]["num_hidden_layers"] == 2
