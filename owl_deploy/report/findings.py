@@ -126,9 +126,7 @@ def _against_fastest(series: Series, rows: Sequence[Row], fastest: _Fastest) -> 
     spread: Spread | None = getattr(best, f"{fastest.field}_spread")
     found = verdict(speedup, spread)
     wording = {"faster": "faster", "slower": "**still slower**", "no different": "no different"}[found]
-    return (
-        f"Against {fastest.words}, {name}, its best is {ratio(speedup, spread)} at {series.label(best)}: {wording}."
-    )
+    return f"Against {fastest.words}, {name}, its best is {ratio(speedup, spread)} at {series.label(best)}: {wording}."
 
 
 def _perplexities(series: Sequence[Series]) -> list[str]:
