@@ -47,7 +47,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines other-tools cross clean
+.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines other-tools cross browser clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -100,7 +100,7 @@ offload: install  ## prune 12.6 GiB of weights block by block; ends with the mos
 kernels: install  ## the sparse kernels alone, by format, instruction set and density
 	$(BIN)/python benchmarks/kernels.py kernels
 
-test: install engines other-tools cross lint  ## lint, types, and every test
+test: install engines other-tools cross browser lint  ## lint, types, and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-peers: install  ## llama.cpp, which is compiled first: many minutes
@@ -149,6 +149,13 @@ cross:
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends \
 	      g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
 	  echo "$@: g++-aarch64-linux-gnu and qemu-user are not here: the kernels for ARM will not be tested"
+
+# What the HTML report is tested in. It takes root to install; without it those tests are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium >/dev/null; } || \
+	  echo "$@: chromium is not here: the HTML report will not be tested in a browser"
 
 clean:
 	rm -rf $(VENV) .venvs build $(OUT) $(LARGE) owl_deploy/sparse/libowl_sparse.so

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from owl_deploy.bench.rows import RESULTS, Machine, Row, Samples, Spread, read_rows
+from owl_deploy.bench.rows import RESULTS, Continuation, Machine, Row, Samples, Spread, read_rows
 from owl_deploy.errors import UserError
 from owl_deploy.export.parity import ParityRecord
+from owl_deploy.report.conditions import conditions
 from owl_deploy.report.findings import findings, verdict
 from owl_deploy.report.paper import paper_speedup
-from owl_deploy.report.plots import plot_speedup
+from owl_deploy.report.pareto import Box, Point, front_of, place_labels, points_of
+from owl_deploy.report.plots import plot_pareto, plot_speedup
 from owl_deploy.report.series import by_series
-from owl_deploy.report.tables import COLUMNS, markdown_table, terminal_table, write_csv
+from owl_deploy.report.tables import COLUMNS, CSV_FIELDS, markdown_table, terminal_table, write_csv
 from owl_deploy.report.text import enumeration, number, perplexity_text, size
 from owl_deploy.report.write import write_report
+
+from .conftest import RunCli
 
 MACHINE = Machine(
     cpu="Test CPU",
@@ -40,6 +48,8 @@ PARITY = ParityRecord(
     max_abs_difference_with_past=4e-5,
     argmax_agreement=1.0,
 )
+SPREADS = ("speedup_same_engine_spread", "speedup_fastest_dense_spread", "speedup_any_precision_spread")
+ANY_PRECISION = "speed-up over fastest dense of any precision"
 CANNOT_RUN = "the worker died | signal 11\nAssertion `rank == 4` failed in <layer> " + "x" * 400
 
 
@@ -82,9 +92,17 @@ def make_row(engine: str = "deepsparse", sparsity: float = 0.5, speedup: float =
     return Row(**fields | changes)
 
 
+ITSELF = Spread(median=1, low=1, high=1)
+
+
 def make_dense(engine: str = "deepsparse", **changes: Any) -> Row:
     """A dense row: its own speed-up is 1, without a spread."""
     return make_row(engine, 0.0, 1.0, speedup_same_engine_spread=None, **changes)
+
+
+def make_fastest(engine: str, **changes: Any) -> Row:
+    """The dense row that others' speed-ups are over."""
+    return make_dense(engine, speedup_fastest_dense_spread=ITSELF, **changes)
 
 
 def make_failed(sparsity: float = 0.7, error: str = CANNOT_RUN, **changes: Any) -> Row:
@@ -103,7 +121,7 @@ def make_sweep() -> list[Row]:
     return [
         make_row("onnxruntime", 0.9, 0.8, speedup_fastest_dense=0.8),
         make_row("onnxruntime", 0.5, 0.95, speedup_fastest_dense=0.95),
-        make_dense("onnxruntime", decode_ms_p50=15.0),
+        make_fastest("onnxruntime", decode_ms_p50=15.0),
         make_failed(),
         make_row("deepsparse", 0.9, 2.5, speedup_fastest_dense=1.9, speedup_fastest_dense_spread=around(1.9)),
         make_row("deepsparse", 0.5, 1.31, unsteady=True),
@@ -187,14 +205,39 @@ def test_a_speedup_is_shown_with_its_spread() -> None:
     assert row[8:] == ["1.67x", "1.00 GiB", "500 MiB"]
 
 
-def test_every_line_of_the_markdown_table_has_every_column() -> None:
+def test_every_line_of_the_markdown_table_has_every_column_that_says_something() -> None:
     table = cells(markdown_table(make_sweep()))
+    titles = [column.title for column in COLUMNS]
+    empty = {"batch", "prefill tokens/s", "end to end ms (tokens/s)", "joules per token", ANY_PRECISION}
+    assert table[0] == [title for title in titles if title not in empty]
+    assert {len(row) for row in table} == {len(table[0])}
+
+
+def test_new_figures_have_columns_as_soon_as_one_row_has_them() -> None:
+    figures = {"prefill_tokens_per_s": 1234.5, "end_to_end_ms_p50": 900.0, "end_to_end_tokens_per_s": 35.5}
+    int4 = {"speedup_any_precision": 0.61, "decode_joules_per_token": 0.5, "batch": 4}
+    table = cells(markdown_table([make_row(**figures | int4), make_failed()]))
     assert table[0] == [column.title for column in COLUMNS]
-    assert {len(row) for row in table} == {len(COLUMNS)}
+    row = dict(zip(table[0], table[1], strict=True))
+    assert (row["batch"], row["prefill tokens/s"], row["end to end ms (tokens/s)"]) == ("4", "1234", "900 (35.5)")
+    assert (row["joules per token"], row[ANY_PRECISION]) == ("0.50", "0.61x")
+
+
+def test_a_speedup_over_any_precision_has_no_column_where_it_says_the_same() -> None:
+    assert ANY_PRECISION not in markdown_table([make_row(speedup_any_precision=1.5)])
+
+
+def test_a_wide_confidence_interval_is_marked_and_kept() -> None:
+    wide = Spread(median=1.5, low=1.1, high=1.9, confidence_low=1.2, confidence_high=1.6)
+    narrow = wide.model_copy(update={"confidence_low": 1.45, "confidence_high": 1.55})
+    marked = markdown_table([make_row(speedup_same_engine_spread=wide)])
+    assert "1.50x (1.10–1.90) ‡" in marked
+    assert "‡ wide: the 95% confidence interval of this speed-up is wider than 20% of it" in marked
+    assert "‡" not in markdown_table([make_row(speedup_same_engine_spread=narrow)])
 
 
 def test_a_failed_row_says_why_in_its_first_figure_and_shows_no_others() -> None:
-    row = cells(markdown_table([make_failed()]))[1]
+    row = cells(markdown_table([make_row(sparsity=0.6), make_failed()]))[2]
     assert row[2].startswith("failed: the worker died ¦ signal 11 Assertion `rank == 4`")
     assert len(row[2]) < 80
     assert set(row[3:-1]) == {"–"}
@@ -215,14 +258,16 @@ def test_the_terminal_shows_what_the_markdown_shows() -> None:
         console.print(terminal_table(rows))
     shown = captured.get()
     for row in cells(markdown_table(rows)):
-        assert all(cell.replace("¦", "|").replace("&lt;", "<") in shown for cell in row)
+        words = [word for cell in row for word in cell.replace("¦", "|").replace("&lt;", "<").split(" (")]
+        assert all(word in shown for word in words)
 
 
 def test_the_csv_has_every_field_but_the_samples_and_the_full_error(tmp_path: Path) -> None:
     write_csv(make_sweep(), tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="") as file:
         records = list(csv.DictReader(file))
-    assert set(records[0]) == leaves(Row) - leaves(Samples, "samples_ms.") - spread_medians()
+    assert len(CSV_FIELDS) == len(set(CSV_FIELDS))
+    assert set(records[0]) == leaves(Row) - leaves(Samples, "samples_ms.") - {f"{name}.median" for name in SPREADS}
     failed = next(record for record in records if record["status"] == "failed")
     assert failed["error"] == CANNOT_RUN
     assert failed["decode_ms_p50"] == failed["parity.positions"] == failed["load_average"] == ""
@@ -238,16 +283,11 @@ def test_the_csv_has_every_field_but_the_samples_and_the_full_error(tmp_path: Pa
 def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
     """Dotted names of all fields, those of nested records included."""
     records: dict[str, type[BaseModel]] = {"machine": Machine, "parity": ParityRecord, "samples_ms": Samples}
-    records |= dict.fromkeys(("speedup_same_engine_spread", "speedup_fastest_dense_spread"), Spread)
+    records |= dict.fromkeys(SPREADS, Spread) | {"continuation": Continuation}
     names: set[str] = set()
     for name in model.model_fields:
         names |= leaves(records[name], f"{prefix}{name}.") if name in records else {f"{prefix}{name}"}
     return names
-
-
-def spread_medians() -> set[str]:
-    """Each is the speed-up itself."""
-    return {"speedup_same_engine_spread.median", "speedup_fastest_dense_spread.median"}
 
 
 def test_a_difference_needs_the_whole_spread_on_one_side_of_one() -> None:
@@ -270,7 +310,7 @@ def test_findings_say_where_sparse_is_faster_and_where_it_is_slower() -> None:
 
 
 def test_findings_say_that_a_gain_over_its_own_dense_model_may_still_lose() -> None:
-    dense = [make_dense("slow"), make_dense("fast", decode_ms_p50=5.0)]
+    dense = [make_dense("slow"), make_fastest("fast", decode_ms_p50=5.0)]
     sparse = make_row("slow", 0.5, 2.0, speedup_fastest_dense=0.5, speedup_fastest_dense_spread=around(0.5))
     assert "fast, its best is 0.50x (0.49–0.51) at 50%: **still slower**." in findings([*dense, sparse])[0]
 
@@ -292,8 +332,8 @@ def test_perplexity_that_was_not_measured_or_is_infinite_is_said_to_be() -> None
 
 def test_findings_name_failed_and_unsteady_rows() -> None:
     *_, failed, unsteady = findings([*make_sweep(), make_failed(0.8)])
-    assert failed.startswith("**Failed**: deepsparse at 70% and 80%: the worker died \\| signal 11 Assertion")
-    assert "in &lt;layer>" in failed
+    assert failed.startswith("**Failed**: deepsparse at 70% and 80%: the worker died | signal 11 Assertion")
+    assert "in <layer>" in failed
     assert unsteady == "**Unsteady** (†), not to be relied on: deepsparse at 50%."
 
 
@@ -302,13 +342,15 @@ def test_the_report_is_complete_and_its_rows_can_be_read_back(tmp_path: Path) ->
     report = write_report(rows, tmp_path / "new" / "folder", command="owl-deploy bench sparse-*")
     assert report == tmp_path / "new" / "folder" / "report.md"
     assert {path.name for path in report.parent.iterdir()} == {
-        *("report.md", "results.jsonl", "results.csv", "speedup.png")
+        *("report.md", "report.html", "results.jsonl", "results.csv", "speedup.png", "pareto.png")
     }
     assert read_rows(report.parent / RESULTS) == rows
     text = report.read_text(encoding="utf-8")
     assert text.startswith("# Sparse decode speed of Tiny-1B\n")
     assert markdown_table(rows) in text
     assert "](speedup.png)" in text
+    assert "](pareto.png)" in text
+    assert "the worker died \\| signal 11 Assertion `rank == 4` failed in &lt;layer>" in text
     assert "```sh\nowl-deploy bench sparse-*\n```" in text
     for condition in (
         *("64 prompt tokens and 32 new ones", "threads: 2", "Test CPU, cores: 2, avx2, 16.0 GiB"),
@@ -336,13 +378,186 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
         write_report([], tmp_path, command="x")
 
 
+@pytest.mark.parametrize("plot", [plot_speedup, plot_pareto])
 @pytest.mark.parametrize(
     "rows", [make_sweep(), [make_failed()], [make_row(perplexity=math.inf, speedup_same_engine=None)]]
 )
-def test_equal_rows_give_equal_pngs(rows: list[Row], tmp_path: Path) -> None:
+def test_equal_rows_give_equal_pngs(plot: Callable[[list[Row], Path], None], rows: list[Row], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        plot_speedup(rows, tmp_path / name)
+        plot(rows, tmp_path / name)
     png = (tmp_path / "a.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png == (tmp_path / "b.png").read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+# -------------------- what is new in schema 2
+
+
+def test_findings_compare_with_the_fastest_dense_row_of_any_precision() -> None:
+    over_int4 = {"speedup_any_precision": 0.7, "speedup_any_precision_spread": around(0.7)}
+    itself = {"speedup_any_precision": 1.0, "speedup_any_precision_spread": ITSELF}
+    rows = [make_fastest("onnxruntime"), make_row("onnxruntime", 0.5, 1.2, **over_int4)]
+    rows.append(make_dense("onnxruntime-int4", weights="int4", flavor="genai-int4", decode_ms_p50=4.0, **itself))
+    first = findings(rows)[0]
+    assert "any precision, onnxruntime-int4, its best is 0.70x (0.69–0.71) at 50%: **still slower**." in first
+    assert "Against the fastest dense engine," not in first
+
+
+def test_rows_of_several_runs_are_not_said_to_be_over_one_dense_row() -> None:
+    rows = [make_fastest("onnxruntime"), make_fastest("sparse-int8"), make_row("deepsparse")]
+    assert not any("Against" in finding for finding in findings(rows))
+    assert "a speed-up is over a dense row of its own run" in markdown_table(rows)
+
+
+def test_findings_say_what_does_not_repeat_what_grows_and_what_continues_otherwise() -> None:
+    parted = Continuation(reference="onnxruntime", matching=12, tokens=32)
+    rows = [
+        make_row("a", repeatable=False),
+        make_row("b", rss_growth_bytes=2**28),
+        make_row("c", rss_growth_bytes=2**20),
+        make_row("d", continuation=parted),
+        make_row("e", continuation=parted.model_copy(update={"matching": 32})),
+    ]
+    *_, unrepeatable, grown, continued = findings(rows)
+    assert unrepeatable == "**Not repeatable**: rounds from the same prompt generated different tokens: a at 50%."
+    assert grown == "**Memory grew** from the first round to the last: b at 50% by 256 MiB (peak 1.00 GiB)."
+    assert "from the same weights: d at 50% after 12 of 32 tokens of onnxruntime's. " in continued
+
+
+def test_workloads_and_machines_have_series_of_their_own(tmp_path: Path) -> None:
+    other = MACHINE.model_copy(update={"cpu": "Other CPU", "cores": 64})
+    rows = [make_row(), make_row(batch=4), make_row(machine=other)]
+    assert [series.name for series in by_series(rows)] == [
+        *("deepsparse (Other CPU, batch 1)", "deepsparse (Test CPU, batch 1)", "deepsparse (Test CPU, batch 4)")
+    ]
+    text = write_report(rows, tmp_path, command="x").read_text(encoding="utf-8")
+    assert text.count("\n| engine |") == 3
+    assert "## Other CPU, cores 64, batch 1\n" in text
+    assert "batch 1, threads: 2; Tiny-1B, 64 prompt tokens and 32 new ones, batch 4" in text
+
+
+def test_conditions_describe_the_machine() -> None:
+    detailed = MACHINE.model_copy(
+        update={
+            "memory_bandwidth_one_thread_gb_s": 12.5,
+            "instruction_sets": ["amx", "avx512"],
+            "numa_nodes": 2,
+            "frequency_governor": "powersave",
+            "container_cores": 1.5,
+        }
+    )
+    lines = conditions([make_row(machine=detailed)])
+    assert (
+        "Machine: Test CPU, cores: 2, amx avx512, 16.0 GiB, Linux 6.1, NUMA nodes: 2, frequency governor: powersave, "
+        "limited to 1.5 cores' time" in lines
+    )
+    assert "Memory reads: 21.5 GB/s with as many threads, 12.5 GB/s with one" in lines
+
+
+def points(*figures: tuple[float, float]) -> list[Row]:
+    """Rows of these decode times and perplexities."""
+    return [
+        make_row(f"engine-{index}", decode_ms_p50=time, perplexity=perplexity)
+        for index, (time, perplexity) in enumerate(figures)
+    ]
+
+
+def test_the_front_holds_what_no_row_beats_in_both() -> None:
+    found = front_of(points_of(points((10, 20), (12, 20), (8, 40), (8, 50), (30, 10), (31, 10.5), (10, 20))))
+    assert [(point.series, point.decode_ms) for point in found] == [
+        *(("engine-2", 8), ("engine-0", 10), ("engine-6", 10), ("engine-4", 30))
+    ]
+    assert front_of(points_of(points((10, math.inf)))) == []
+
+
+@given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=12))
+def test_every_point_off_the_front_is_beaten_by_one_on_it(figures: list[tuple[float, float]]) -> None:
+    found = points_of(points(*figures))
+    front = front_of(found)
+    assert front
+
+    def beats(one: Point, other: Point) -> bool:
+        no_worse = one.decode_ms <= other.decode_ms and one.perplexity <= other.perplexity
+        return no_worse and (one.decode_ms, one.perplexity) != (other.decode_ms, other.perplexity)
+
+    for point in found:
+        assert any(beats(one, point) for one in front) is not point.in_front
+
+
+def test_labels_overlap_neither_points_nor_each_other_nor_leave_the_plot() -> None:
+    anchors = [(20.0 * (index % 5) + 10, 30.0 * (index // 5) + 10) for index in range(20)]
+    frame = Box(0, 0, 120, 140)
+    placed = place_labels(anchors, [(12.0, 6.0)] * 20, frame, marker=4)
+    boxes = [box for box in placed if box is not None]
+    assert len(boxes) > 10
+    assert all(box.lies_in(frame) for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert not any(box.distance(*anchor) == 0 for box in boxes for anchor in anchors)
+
+
+# -------------------- owl-deploy report
+
+
+def results_file(directory: Path, *rows: Row) -> Path:
+    directory.mkdir()
+    path = directory / RESULTS
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_results_of_several_machines_make_one_report(tmp_path: Path, run_cli: RunCli) -> None:
+    here, there = make_row(), make_row(machine=MACHINE.model_copy(update={"cpu": "Other CPU"}))
+    a, b = results_file(tmp_path / "a", make_row(speedup=1.1), make_dense()), results_file(tmp_path / "b", here, there)
+    ran = run_cli("report", a.parent, b, "-o", tmp_path / "out", "--json")
+    assert ran.code == 0
+    assert "1 rows are of the same measurement as later ones" in ran.stderr
+    rows = [Row.model_validate_json(line) for line in ran.stdout.splitlines()]
+    assert rows == [here, make_dense(), there] == read_rows(tmp_path / "out" / RESULTS)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"owl-deploy report {a.parent} {b} -o {tmp_path / 'out'}" in text
+    assert "Other CPU" in text
+
+
+def test_the_recorded_results_can_be_reported_again(tmp_path: Path, run_cli: RunCli) -> None:
+    recorded = Path(__file__).parents[1] / "benchmarks" / "smollm2-135m-sparse-xeon-2-core"
+    assert run_cli("report", recorded, "-o", tmp_path / "out", "--quiet") == (0, "", "")
+    assert "sparse-int8" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "holds no rows"),
+        (b"\xff\xfe", "cannot be read (not text)"),
+        (b"once upon a time", "results.jsonl:1: not a result row"),
+        (b"[1]", "results.jsonl:1: not a result row"),
+        (b'{"model": 3}', "results.jsonl:1: not a result row (model: "),
+        (b'{"schema_version": 99, "news": 1}', "results.jsonl:1: written by a newer owl-deploy (schema 99"),
+    ],
+)
+def test_what_is_not_a_result_is_refused(content: bytes | None, words: str, tmp_path: Path, run_cli: RunCli) -> None:
+    if content is not None:
+        (tmp_path / RESULTS).write_bytes(content)
+    ran = run_cli("report", tmp_path / RESULTS, "-o", tmp_path / "out")
+    assert (ran.code, ran.stdout) == (2, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_schema_describes_every_field(run_cli: RunCli) -> None:
+    ran = run_cli("report", "--schema")
+    assert ran.code == 0
+    schema = json.loads(ran.stdout)
+    assert set(schema["properties"]) == set(Row.model_fields)
+    for name, record in [("Row", schema), *schema["$defs"].items()]:
+        assert record["description"], name
+        for field, described in record["properties"].items():
+            assert described.get("description"), f"{name}.{field}"
+    written = json.loads(make_row(perplexity=math.inf).model_dump_json())
+    assert set(schema["required"]) <= set(written)
+    assert "Infinity" in json.dumps(schema["properties"]["perplexity"])
+    assert written["perplexity"] == "Infinity"

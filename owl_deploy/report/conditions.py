@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from owl_deploy.bench.rows import Machine, Row
 from owl_deploy.report.series import model_name
-from owl_deploy.report.text import number, percent, size
-
+from owl_deploy.report.text import enumeration, number, percent, size
 
 _ROUNDS = (
-    "Rounds are interleaved: each times every engine at one sparsity and again on the dense model, so that a slow spell "
-    "of the machine meets all that is compared. A speed-up is the ratio of two medians of decode time within a round, "
-    "dense over sparse; the table shows the median of rounds, and in parentheses the slowest and the fastest. Only when "
-    "these lie on the same side of 1 is a difference called one. Confidence intervals are of that median, at 95%, by "
-    "bootstrap over rounds."
+    "Rounds are interleaved: each times every engine at one sparsity and again on the dense model, so that a slow "
+    "spell of the machine meets all that is compared. A speed-up is the ratio of two medians of decode time within a "
+    "round, dense over sparse; the table shows the median of rounds, and in parentheses the slowest and the fastest. "
+    "Only when these lie on the same side of 1 is a difference called one. Confidence intervals are of that median, at "
+    "95%, by bootstrap over rounds."
 )
 _TIMES = (
     "Time to first token (TTFT) runs from the prompt's ids to the first new token's id; decode time is per new token "
@@ -135,9 +134,15 @@ def _perplexity_text(rows: Sequence[Row]) -> list[str]:
 
 
 def _engines(rows: Sequence[Row]) -> list[str]:
-    """What each engine said of itself, once for each different answer."""
-    lines = (f"What {row.engine} says of itself: {_facts(row.engine_facts)}" for row in rows if row.engine_facts)
-    return sorted(set(lines))
+    """What the engines said of themselves, once for each different answer."""
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        if row.engine_facts:
+            answers.setdefault(_facts(row.engine_facts), set()).add(row.engine)
+    return sorted(
+        f"What {enumeration(sorted(names))} {'says of itself' if len(names) == 1 else 'say of themselves'}: {facts}"
+        for facts, names in answers.items()
+    )
 
 
 def _facts(facts: dict[str, object]) -> str:

@@ -54,6 +54,12 @@ class Box:
             and other.top < self.top + self.height
         )
 
+    def distance(self, x: float, y: float) -> float:
+        """From a point to the nearest edge; 0 inside."""
+        across = max(self.left - x, x - self.left - self.width, 0)
+        down = max(self.top - y, y - self.top - self.height, 0)
+        return math.hypot(across, down)
+
     def lies_in(self, other: Box) -> bool:
         return (
             other.left <= self.left
@@ -116,6 +122,12 @@ def boxes_along(steps: Sequence[tuple[float, float]]) -> list[Box]:
     ]
 
 
+def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
+    """The ends of a log axis with room beside the smallest and the largest value."""
+    room = max((max(values) / min(values)) ** share, 1.1)
+    return min(values) / room, max(values) * room
+
+
 def place_labels(
     anchors: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
@@ -124,7 +136,9 @@ def place_labels(
     marker: float,
     taken: Sequence[Box] = (),
 ) -> list[Box | None]:
-    """Where each label goes: beside its anchor, inside `frame`, over no marker and no other label; None without room.
+    """Where each label goes: inside `frame`, over no marker and no other label, and nearest to its own anchor.
+
+    None where there is no such place.
 
     Args:
         anchors: the points, the most important first: they are served in this order.
@@ -137,10 +151,14 @@ def place_labels(
     for (x, y), (width, height) in zip(anchors, sizes, strict=True):
         others = [*markers, *taken, *(box for box in placed if box is not None)]
         candidates = (_beside(x, y, width, height, marker, turn, far) for far in _DISTANCES for turn in _TURNS)
-        placed.append(
-            next((box for box in candidates if box.lies_in(frame) and not any(map(box.overlaps, others))), None)
-        )
+        free = (box for box in candidates if box.lies_in(frame) and not any(map(box.overlaps, others)))
+        placed.append(next((box for box in free if _is_nearest(box, (x, y), anchors)), None))
     return placed
+
+
+def _is_nearest(box: Box, own: tuple[float, float], anchors: Sequence[tuple[float, float]]) -> bool:
+    """Whether a reader takes the label for its own point's."""
+    return all(box.distance(*own) <= box.distance(*other) for other in anchors)
 
 
 # To the right first, then above and below it, to the left at last.

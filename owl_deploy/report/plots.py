@@ -15,7 +15,7 @@ from matplotlib.transforms import IdentityTransform
 from owl_deploy.bench.rows import Row, Spread
 from owl_deploy.files import disk_errors
 from owl_deploy.report.paper import TABLE_8
-from owl_deploy.report.pareto import Box, Point, boxes_along, front_of, place_labels, points_of, steps_along
+from owl_deploy.report.pareto import Box, Point, boxes_along, front_of, padded, place_labels, points_of, steps_along
 from owl_deploy.report.series import Series, by_series, by_workload, model_name
 from owl_deploy.report.text import enumeration
 
@@ -148,11 +148,11 @@ def _draw_pareto(axes: Axes, points: Sequence[Point], drawn_as: Mapping[str, Sty
             axes.plot([], [], MARKERS[style.marker], color=COLOURS[style.colour], markeredgecolor="#222222", label=name)
     times, perplexities = [point.decode_ms for point in points], [point.perplexity for point in points]
     scale_logarithmically(axes, perplexities)
-    axes.set_ylim(min(perplexities) / 1.2, max(perplexities) * 1.2)
+    axes.set_ylim(*padded(perplexities))
     if max(perplexities) < 30 * min(perplexities):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.set_xscale("log")
-    axes.set_xlim(min(times) / 1.15, max(times) * 1.3)
+    axes.set_xlim(*padded(times))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

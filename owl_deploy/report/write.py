@@ -64,8 +64,7 @@ def _markdown(rows: Sequence[Row], command: str) -> str:
     fronts = [(name, front_text(points_of(here))) for name, here in by_workload(rows).items()]
     return environment.get_template("report.md.j2").render(
         model=enumeration(sorted({model_name(row) for row in rows})),
-        findings=findings(rows),
-        table=markdown_table(rows),
+        parts=[(name, findings(here), markdown_table(here)) for name, here in by_workload(rows).items()],
         fronts=[(name, front) for name, front in fronts if front],
         method=method(rows),
         conditions=conditions(rows),

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from owl_deploy.bench.rows import Row, Spread
 from owl_deploy.report.paper import TABLE_8
-from owl_deploy.report.pareto import Box, Point, boxes_along, place_labels, points_of, steps_along
+from owl_deploy.report.pareto import Box, Point, boxes_along, padded, place_labels, points_of, steps_along
 from owl_deploy.report.plots import Style, uncertainty
 from owl_deploy.report.series import by_series
 from owl_deploy.report.text import number, percent, perplexity_text
@@ -180,8 +180,8 @@ def pareto_chart(rows: Sequence[Row]) -> tuple[Chart, list[Point]] | None:
         return None
     frame = _PARETO_FRAME
     times, perplexities = [point.decode_ms for point in points], [point.perplexity for point in points]
-    x = Scale(min(times) / 1.15, max(times) * 1.25, frame.left, frame.left + frame.width, logarithmic=True)
-    y = Scale(min(perplexities) / 1.12, max(perplexities) * 1.12, frame.top + frame.height, frame.top, logarithmic=True)
+    x = Scale(*padded(times), frame.left, frame.left + frame.width, logarithmic=True)
+    y = Scale(*padded(perplexities), frame.top + frame.height, frame.top, logarithmic=True)
     ordered = sorted(points, key=lambda point: (not point.in_front, point.decode_ms))
     spots = [(x.at(point.decode_ms), y.at(point.perplexity)) for point in ordered]
     sizes = [(_CHARACTER_WIDTH * len(point.label), _LABEL_HEIGHT) for point in ordered]
@@ -229,8 +229,8 @@ def strip(row: Row) -> Strip | None:
         width=_STRIP_WIDTH,
         height=_STRIP_ROW * len(rounds) + _STRIP_AXIS,
         name=(
-            f"{len(every)} decode samples in {len(rounds)} rounds, from {number(min(every))} to {number(max(every))} ms, "
-            f"median {number(median(every))} ms"
+            f"{len(every)} decode samples in {len(rounds)} rounds, from {number(min(every))} to "
+            f"{number(max(every))} ms, median {number(median(every))} ms"
         ),
         ticks=x.ticks(8),
         rounds=lines,

@@ -36,10 +36,14 @@ _VERDICTS: dict[Verdict, str] = {"faster": "▲", "slower": "▼", "no different
 
 @dataclass(frozen=True)
 class SpeedupCell:
-    """A row's speed-up over its own dense model; `symbol` and `verdict` say whether rounds agree that it is one."""
+    """A row's speed-up over its own dense model; `symbol` and `verdict` say whether rounds agree that it is one.
+
+    Attributes:
+        note: its bundle, where the engine has several of this sparsity.
+    """
 
     text: str
-    series: str
+    note: str
     symbol: str = ""
     verdict: str = ""
 
@@ -51,13 +55,15 @@ class Panel:
     Attributes:
         name: what tells it from the others; empty where it is alone.
         columns: the series that have sparse rows.
-        table: sparsity, the cell of each column, and the paper's speed-up.
+        findings: on this workload.
+        table: sparsity, the cells of each column, and the paper's speed-up.
         front: the Pareto front in words.
     """
 
     name: str
+    findings: list[str]
     columns: list[str]
-    table: list[tuple[str, list[SpeedupCell | None], str]]
+    table: list[tuple[str, list[list[SpeedupCell]], str]]
     speedups: list[Chart]
     pareto: Chart | None
     front: str
@@ -90,7 +96,6 @@ def page(rows: Sequence[Row], *, command: str, csv: str, results: str) -> str:
         script=Markup(script),
         script_hash=_sha256(script),
         data=_embedded(rows),
-        findings=findings(rows),
         legend=[(name, drawn_as[name], marker_path(drawn_as[name])) for name in drawn_as],
         colours=COLOURS,
         style_of=drawn_as,
@@ -134,6 +139,7 @@ def _panel(name: str, rows: Sequence[Row]) -> Panel:
     charts = (speedup_chart(rows, "speedup_same_engine"), speedup_chart(rows, "speedup_fastest_dense"))
     return Panel(
         name=name,
+        findings=findings(rows),
         columns=[one.name for one in compared],
         table=_speedups(compared),
         speedups=[chart for chart in charts if chart is not None],
@@ -142,32 +148,31 @@ def _panel(name: str, rows: Sequence[Row]) -> Panel:
     )
 
 
-def _speedups(compared: Sequence[Series]) -> list[tuple[str, list[SpeedupCell | None], str]]:
-    """Every sparsity's speed-ups, engine by engine; bundles of equal sparsity have lines of their own."""
-    lines: dict[str, dict[str, Row]] = {}
-    every = [(one, row) for one in compared for row in one.rows]
-    for one, row in sorted(every, key=lambda pair: pair[1].sparsity_achieved):
-        lines.setdefault(one.label(row), {})[one.name] = row
+def _speedups(compared: Sequence[Series]) -> list[tuple[str, list[list[SpeedupCell]], str]]:
+    """Every sparsity's speed-ups, engine by engine."""
+    rows = sorted((row for one in compared for row in one.rows), key=lambda row: row.sparsity_achieved)
+    papers: dict[str, float | None] = {}
+    for row in rows:
+        papers.setdefault(sparsity_label(row), row.paper_speedup)
     return [
         (
             label,
-            [_speedup_cell(one.name, found.get(one.name)) for one in compared],
-            ratio(next((row.paper_speedup for row in found.values()), None)),
+            [[_speedup_cell(one, row) for row in one.rows if sparsity_label(row) == label] for one in compared],
+            ratio(paper),
         )
-        for label, found in lines.items()
+        for label, paper in papers.items()
     ]
 
 
-def _speedup_cell(series: str, row: Row | None) -> SpeedupCell | None:
-    if row is None:
-        return None
+def _speedup_cell(series: Series, row: Row) -> SpeedupCell:
+    note = series.label(row).removeprefix(sparsity_label(row)).strip()
     if row.status == "failed":
-        return SpeedupCell("failed", series)
+        return SpeedupCell("failed", note)
     if row.speedup_same_engine is None or row.is_dense:
-        return SpeedupCell(ratio(row.speedup_same_engine), series)
+        return SpeedupCell(ratio(row.speedup_same_engine), note)
     found = verdict(row.speedup_same_engine, row.speedup_same_engine_spread)
     shown = ratio(row.speedup_same_engine, row.speedup_same_engine_spread)
-    return SpeedupCell(shown, series, _VERDICTS[found], found)
+    return SpeedupCell(shown, note, _VERDICTS[found], found)
 
 
 def _entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
