@@ -317,7 +317,7 @@ def test_findings_say_that_a_gain_over_its_own_dense_model_may_still_lose() -> N
 
 def test_findings_tell_no_speedup_without_a_dense_row() -> None:
     row = make_row(speedup_same_engine=None, speedup_fastest_dense=None)
-    assert findings([row])[0] == "**deepsparse**: without its dense row, its speed-up cannot be told."
+    assert findings([row])[0] == "**deepsparse**: it has no dense row of its own."
 
 
 def test_engines_that_agree_on_perplexity_share_a_sentence() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from owl_deploy.errors import UserError
 from owl_deploy.files import locked, read_json, write_json
@@ -22,9 +23,10 @@ class Environment:
 
     Attributes:
         pythons: versions of Python it can be made with, best first.
-        requirements: what pip installs, and the options it is given.
+        requirements: what pip installs.
         check: Python code that fails in an environment that would not work.
         variables: (name, value) of what its programs find in their own environment.
+        cmake: what CMake reads first where pip compiles; None where it does not.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Environment:
     requirements: tuple[str, ...]
     check: str
     variables: tuple[tuple[str, str], ...] = ()
+    cmake: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -59,7 +62,15 @@ class Environment:
     def is_ready(self) -> bool:
         """Whether it was installed to the end, from these very requirements."""
         marker = self.directory / _READY
-        return marker.is_file() and read_json(marker).get("requirements") == list(self.requirements)
+        if not marker.is_file():
+            return False
+        made = read_json(marker)
+        return all(made.get(key) == value for key, value in self._contents().items())
+
+    def _contents(self) -> dict[str, Any]:
+        """What decides what is in the environment."""
+        cmake = None if self.cmake is None else self.cmake.read_text(encoding="utf-8")
+        return {"requirements": list(self.requirements), "cmake": cmake}
 
     def install(self) -> None:
         """Make the environment; what an interrupted installation left is replaced.
@@ -84,9 +95,12 @@ class Environment:
                 "--disable-pip-version-check",
                 "--no-compile",
             ]
+            if self.cmake is not None:
+                # pip's cache may hold what was compiled in another way, or for another CPU.
+                pip += ["--no-cache-dir", f"--config-settings=cmake.define.CMAKE_PROJECT_INCLUDE={self.cmake}"]
             self._run([*pip, *self.requirements])
             self._run([str(self.interpreter), "-c", self.check])
-            write_json(self.directory / _READY, {"requirements": list(self.requirements), "python": python})
+            write_json(self.directory / _READY, {**self._contents(), "python": python})
 
     def _run(self, command: list[str]) -> None:
         try:

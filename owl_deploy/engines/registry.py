@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from owl_deploy.engines.environments import Environment
 from owl_deploy.errors import UserError
@@ -43,14 +44,9 @@ _GGUF: dict[str, Flavor] = {"f16": "gguf-f16", "q8_0": "gguf-q8_0", "q4_0": "ggu
 _LLAMA_CPP = Environment(
     name="llama.cpp",
     pythons=("3.11", "3.12", "3.13", "3.10", "3.9", "3.8"),
-    # Compiled here, for this CPU; without its image models and its downloads.
-    requirements=(
-        "llama-cpp-python==0.3.36",
-        "--config-settings=cmake.define.GGML_NATIVE=ON",
-        "--config-settings=cmake.define.LLAVA_BUILD=OFF",
-        "--config-settings=cmake.define.LLAMA_OPENSSL=OFF",
-    ),
+    requirements=("llama-cpp-python==0.3.36",),
     check="import llama_cpp; llama_cpp.llama_print_system_info()",
+    cmake=Path(__file__).with_name("llama_cpp.cmake"),
 )
 
 _ROUNDED_GENAI: tuple[Flavor, ...] = ("genai-int8", "genai-int4")

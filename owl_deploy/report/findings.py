@@ -58,7 +58,7 @@ def _speed(series: Series, rows: Sequence[Row]) -> str:
 def _against_own_dense(series: Series) -> str:
     compared = [(row, speedup) for row in series.sparse if (speedup := row.speedup_same_engine) is not None]
     if not compared:
-        return "without its dense row, its speed-up cannot be told."
+        return "it has no dense row of its own."
     best, speedup = max(compared, key=lambda pair: (_verdict(*pair) == "faster", pair[1]))
     figure = f"{ratio(speedup, best.speedup_same_engine_spread)} at {series.label(best)} sparsity"
     if best.paper_speedup is not None:
