@@ -181,7 +181,7 @@ def _entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
         id(row): one.name for here in by_workload(rows).values() for one in by_series(here) for row in one.rows
     }
     columns = shown_columns(rows)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for series in by_series(rows):
         for row in series.rows:
             memory = memory_figures(row)
