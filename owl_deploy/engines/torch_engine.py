@@ -49,8 +49,9 @@ class TorchEngine:
     def _run(self, forward: Any, ids: TokenIds) -> Logits:
         """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab]."""
         total = self._length + ids.shape[1]
+        fixed = torch.empty(ids.shape, dtype=torch.int64)  # its strides are compiled in: those of `ids` vary
         output = forward(
-            input_ids=torch.tensor(ids),  # a copy, whose strides are always the same: they are compiled in
+            input_ids=fixed.copy_(torch.from_numpy(ids)),
             cache_position=torch.arange(self._length, total),
             past_key_values=self._cache,
             use_cache=True,
