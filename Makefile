@@ -103,9 +103,9 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 test: install engines other-tools cross browser lint  ## lint, types, and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-peers: install  ## llama.cpp, which is compiled first: many minutes
+test-peers: install peers  ## llama.cpp too, which is compiled first: many minutes
 	$(BIN)/owl-deploy engines install llama.cpp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llama_cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "llama_cpp or openvino"
 
 lint: install
 	$(BIN)/ruff check .

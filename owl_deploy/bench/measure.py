@@ -26,7 +26,7 @@ from owl_deploy.bench.machine import available_cores, busy_cores, cpu_model, loa
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
-from owl_deploy.errors import CheckFailed, UserError
+from owl_deploy.errors import CheckFailed, DiskError, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
 from owl_deploy.export.bundle import BundleManifest, FlavorRecord
 from owl_deploy.export.names import Flavor, model_file
@@ -223,7 +223,8 @@ class Bench:
         working = [item for item in group if item.name not in self._errors]
         if not any(item.bundle == group[-1].bundle for item in working):
             return []  # nothing to compare with the dense model
-        return [name for name in self._round_names(group) if not all(name in self.rounds(item) for item in working)]
+        there = [self.rounds(item).keys() for item in working]
+        return [name for name in self._round_names(group) if not all(name in names for names in there)]
 
     def _is_done(self, group: list[Configuration]) -> bool:
         return all(self.setup(item) is not None for item in group) and not self._missing_rounds(group)
@@ -245,6 +246,8 @@ class Bench:
         """What goes wrong with one engine becomes its row's error; the others go on."""
         try:
             yield
+        except DiskError:  # no fault of the engine, and the others would meet it too
+            raise
         except (EngineFailed, CheckFailed, UserError) as error:
             self._errors[configuration.name] = str(error)
             self._reporter.warn(f"{configuration.name}: {error}")

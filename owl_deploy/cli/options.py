@@ -30,7 +30,7 @@ HalfRange = Annotated[
         "--lambda",
         "--owl-lambda",
         help="Half the range of block sparsities: owl's lambda (default 0.08), dlp's alpha (0.15), linear's slope "
-        "(0 up to 50%, 0.0725 at 60%, 0.12 from 70% on).",
+        "(0 up to 50%, 0.0725 at 60%, 0.1 at 70%, 0.09 from 80% on).",
     ),
 ]
 Seqlen = Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 2048.")]

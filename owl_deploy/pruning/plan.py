@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from owl_deploy.errors import UserError
 
 Method = Literal["magnitude", "wanda", "wanda-variant", "sparsegpt", "ria", "admm", "ablate-magnitude", "ablate-wanda"]
@@ -88,7 +90,7 @@ class PruningPlan:
         sparsity: fraction of all block weights to zero, in [0, 1).
         owl_m: OWL's M (paper, section 2.2).
         half_range: half the range of sparsities: OWL's lambda (0.08), DLP's alpha (0.15), and that of `linear`, whose
-            default is 0 up to 50%, 0.0725 at 60% and 0.12 from 70% on. In counts of a mixed N:M pattern: 2.
+            default is 0 up to 50%, 0.0725 at 60%, 0.1 at 70% and 0.09 from 80% on. In counts of a mixed N:M pattern: 2.
         block_sparsities: one sparsity per block, first to last, for the `explicit` allocation.
         linear_sparsities: or one per linear, by its full name.
         pattern: N:M in place of unstructured; its own ratio then sets every block's sparsity.
@@ -254,10 +256,8 @@ def _check_sparsity(value: float, what: str) -> None:
 
 
 def _usual_slope(sparsity: float) -> float:
-    """Of `linear`: what measured best with ADMM on SmolLM2-135M at 50, 60 and 70%, and lines between."""
-    if sparsity <= 0.6:
-        return max(0.0, round(0.725 * (sparsity - 0.5), 6))
-    return min(0.12, round(0.0725 + 0.475 * (sparsity - 0.6), 6))
+    """Of `linear`: what measured best with ADMM on SmolLM2-135M at 50, 60, 70 and 80%, and lines between."""
+    return round(float(np.interp(sparsity, (0.5, 0.6, 0.7, 0.8), (0.0, 0.0725, 0.1, 0.09))), 6)
 
 
 def _check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
