@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
@@ -471,6 +471,7 @@ def test_the_front_holds_what_no_row_beats_in_both() -> None:
     assert front_of(points_of(points((10, math.inf)))) == []
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=12))
 def test_every_point_off_the_front_is_beaten_by_one_on_it(figures: list[tuple[float, float]]) -> None:
     found = points_of(points(*figures))
