@@ -85,7 +85,13 @@
       });
     });
   }
-  window.addEventListener("scroll", hide, { passive: true });
+  // Focus may scroll its point into view: the explanation goes along.
+  const follow = () => {
+    const point = document.activeElement;
+    if (!tip.hidden && point.matches(".mark")) show(point);
+    else hide();
+  };
+  window.addEventListener("scroll", follow, { passive: true, capture: true });
 
   // A row's link opens its samples.
   const open = () => {

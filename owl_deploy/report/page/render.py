@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -21,13 +20,13 @@ from markupsafe import Markup, escape
 from owl_deploy.bench.rows import SCHEMA_VERSION, Row
 from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import Verdict, findings, verdict
-from owl_deploy.report.page.charts import Chart, indices, marker_path, pareto_chart, speedup_chart, strip
-from owl_deploy.report.page.memory import memory_figures
+from owl_deploy.report.page.charts import Chart, Strip, indices, marker_path, pareto_chart, speedup_chart, strip
+from owl_deploy.report.page.memory import MemoryFigures, memory_figures
 from owl_deploy.report.paper import PAPER_SETTING
 from owl_deploy.report.pareto import front_text
 from owl_deploy.report.plots import COLOURS, styles
 from owl_deploy.report.series import Series, by_series, by_workload, model_name, sparsity_label
-from owl_deploy.report.tables import CSV_FIELDS, footnotes, shown_columns, split_cell, value_at
+from owl_deploy.report.tables import CSV_FIELDS, Column, footnotes, shown_columns, split_cell, value_at
 from owl_deploy.report.text import enumeration, number, percent, ratio, size
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
@@ -69,6 +68,29 @@ class Panel:
     front: str
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What the tables, and a section of its own, show of a row.
+
+    Attributes:
+        series: the name it is drawn under, among the rows of its workload.
+        name: the same among all rows.
+        label: its sparsity.
+        cells: of the table of all rows: text in one or two parts, and what to sort by.
+        figures: every field that is filled, by name.
+    """
+
+    row: Row
+    id: str
+    series: str
+    name: str
+    label: str
+    cells: list[tuple[list[str], str]]
+    memory: MemoryFigures | None
+    strip: Strip | None
+    figures: list[tuple[str, str]]
+
+
 def page(rows: Sequence[Row], *, command: str, csv: str, results: str) -> str:
     """The text of `report.html`.
 
@@ -84,7 +106,7 @@ def page(rows: Sequence[Row], *, command: str, csv: str, results: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"emphasised": _emphasised}
+    environment.filters |= {"emphasised": _emphasised, "number": number, "size": size, "percent": percent}
     assets = files("owl_deploy.report") / "page"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     drawn_as = styles(rows)
@@ -175,41 +197,29 @@ def _speedup_cell(series: Series, row: Row) -> SpeedupCell:
     return SpeedupCell(shown, note, _VERDICTS[found], found)
 
 
-def _entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every row with what the tables and its own section show of it."""
+def _entries(rows: Sequence[Row]) -> list[Entry]:
     series_of = {
         id(row): one.name for here in by_workload(rows).values() for one in by_series(here) for row in one.rows
     }
     columns = shown_columns(rows)
-    entries: list[dict[str, Any]] = []
-    for series in by_series(rows):
-        for row in series.rows:
-            memory = memory_figures(row)
-            entries.append(
-                {
-                    "row": row,
-                    "id": f"row-{len(entries) + 1}",
-                    "series": series_of[id(row)],
-                    "name": series.name,
-                    "label": series.label(row),
-                    "sparsity": sparsity_label(row),
-                    "cells": [(split_cell(column.text(series, row)), _sort_value(row, column)) for column in columns],
-                    "file": size(row.file_bytes),
-                    "peak": size(row.peak_rss_bytes),
-                    "growth": size(row.rss_growth_bytes),
-                    "decode": number(row.decode_ms_p50),
-                    "gb_s": number(memory.gb_s) if memory else "–",
-                    "roof": number(row.machine.memory_bandwidth_gb_s),
-                    "share": memory.share if memory else None,
-                    "share_text": percent(round(memory.share, 2)) if memory else "–",
-                    "strip": strip(row),
-                    "figures": _figures(row),
-                }
-            )
-    return entries
+    ordered = [(series, row) for series in by_series(rows) for row in series.rows]
+    return [
+        Entry(
+            row=row,
+            id=f"row-{number}",
+            series=series_of[id(row)],
+            name=series.name,
+            label=series.label(row),
+            cells=[(split_cell(column.text(series, row)), _sort_value(row, column)) for column in columns],
+            memory=memory_figures(row),
+            strip=strip(row),
+            figures=_figures(row),
+        )
+        for number, (series, row) in enumerate(ordered, start=1)
+    ]
 
 
-def _sort_value(row: Row, column: Any) -> str:
+def _sort_value(row: Row, column: Column) -> str:
     value = value_at(row, column.sort_by or column.fields[0])
     return "" if value is None else str(value)
 
