@@ -77,8 +77,9 @@ class CompiledTorchEngine(TorchEngine):
         super().__init__(model, threads=threads, context=context, prompts=prompts, batch=batch)
         self._static = StaticCache(config=self._model.config, max_cache_len=context)
         self._step = torch.compile(self._model.forward, fullgraph=True, dynamic=False)
-        self.prefill(np.zeros((batch, 1), np.int64))
-        self.decode(np.zeros(batch, np.int64))
+        with torch.compiler.set_stance("default"):  # whatever an engine before this one has set
+            self.prefill(np.zeros((batch, 1), np.int64))
+            self.decode(np.zeros(batch, np.int64))
         torch.compiler.set_stance("fail_on_recompile")
 
     def decode(self, tokens: TokenIds) -> Logits:
