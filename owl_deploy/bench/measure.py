@@ -113,7 +113,7 @@ class Configuration:
     def key(self, *more: str) -> str:
         """Equal for measurements that may stand for each other: same graph, engine and machine, and `more`."""
         files = [file.sha256 for file in self.record.files]
-        environment = self.spec.environment.requirements if self.spec.environment else self.manifest.versions
+        environment = self.spec.environment.contents() if self.spec.environment else self.manifest.versions
         machine = [cpu_model(), available_cores()]
         return fingerprint([self.spec.name, environment, self.flavor, files, machine, *more])
 

@@ -65,9 +65,9 @@ class Environment:
         if not marker.is_file():
             return False
         made = read_json(marker)
-        return all(made.get(key) == value for key, value in self._contents().items())
+        return all(made.get(key) == value for key, value in self.contents().items())
 
-    def _contents(self) -> dict[str, Any]:
+    def contents(self) -> dict[str, Any]:
         """What decides what is in the environment."""
         cmake = None if self.cmake is None else self.cmake.read_text(encoding="utf-8")
         return {"requirements": list(self.requirements), "cmake": cmake}
@@ -100,7 +100,7 @@ class Environment:
                 pip += ["--no-cache-dir", f"--config-settings=cmake.define.CMAKE_PROJECT_INCLUDE={self.cmake}"]
             self._run([*pip, *self.requirements])
             self._run([str(self.interpreter), "-c", self.check])
-            write_json(self.directory / _READY, {**self._contents(), "python": python})
+            write_json(self.directory / _READY, {**self.contents(), "python": python})
 
     def _run(self, command: list[str]) -> None:
         try:
