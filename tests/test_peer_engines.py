@@ -77,7 +77,9 @@ class Peers:
         if name not in self._computed:
             spec = ENGINES[name]
             folder = self._folder / name
-            folder.mkdir(exist_ok=True)
+            if folder.exists():
+                pytest.fail(f"{name} failed in the test before")
+            folder.mkdir()
             np.save(folder / "ids.npy", IDS)
             model = self.flavor(spec.flavors[0]) / model_file(spec.flavors[0])
             python = spec.environment.interpreter if spec.environment else sys.executable
@@ -87,7 +89,7 @@ class Peers:
                 env=process_variables(spec.environment),
                 capture_output=True,
                 text=True,
-                timeout=600,
+                timeout=1800,
                 check=False,
             )
             assert finished.returncode == 0, finished.stderr
@@ -170,12 +172,12 @@ def bench(peers: Peers, run_cli: RunCli, out: Path, engines: tuple[str, ...]) ->
         peers.flavor(ENGINES[engine].flavors[0])
     ran = run_cli(
         *("bench", peers.bundle, "--engines", ",".join(["onnxruntime", *engines]), "-o", out, "--json"),
-        *("--prompt", 24, "--new-tokens", 4, "--repetitions", 1, "--threads", 1, "--max-load", 99, "--batch", "1,2"),
+        *("--prompt", 24, "--new-tokens", 4, "--repetitions", 1, "--threads", 1, "--max-load", 99),
         *("--text", out / "text.npy", "--seqlen", 64),
     )
     assert ran.code == 0, ran.stderr
     rows: list[dict[str, Any]] = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [row["status"] for row in rows] == ["ok"] * 2 * (1 + len(engines)), [row["error"] for row in rows]
+    assert [row["status"] for row in rows] == ["ok"] * (1 + len(engines)), [row["error"] for row in rows]
     return rows
 
 
