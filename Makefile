@@ -16,33 +16,31 @@ else
 DEMO_SCALE := --sparsities 0:0.9:0.1 --samples 4 --prompt 256 --new-tokens 32 --repetitions 3 --windows 6
 endif
 
-# The paper's studies, with the texts of README.md's comparison of OWL and Wanda.
-STUDIES := studies
-STUDY_TEXT := --calibration demo --samples 32 --seqlen 512
-STUDY_EVALUATION := --evaluate demo --evaluate-windows 24
-STUDY_lod := $(STUDY_EVALUATION) --sparsities 0.6,0.7
-STUDY_granularity := $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7
-STUDY_allocation := $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7,0.8
-STUDY_nm := $(STUDY_EVALUATION)
-STUDY_per-layer := $(STUDY_EVALUATION)
-STUDY_efficiency :=
-STUDY_sweep := $(STUDY_EVALUATION)
-STUDY_methods := $(STUDY_EVALUATION) --sparsities 0.5,0.7
-
-# The paper's tables, of any model and with its texts: make table1 MODEL=… CALIBRATION=c4 TEXT=wikitext2 SAMPLES=128 SEQLEN=2048
+# The paper's studies on SmolLM2, with the texts of README.md's comparison of OWL and Wanda; its tables, of any model and
+# with its texts: make table1 MODEL=… CALIBRATION=c4 TEXT=wikitext2 SAMPLES=128 SEQLEN=2048
 MODEL ?= demo
 CALIBRATION ?= demo
 SAMPLES ?= 32
 SEQLEN ?= 512
 TEXT ?= demo
 WINDOWS ?= 24
+STUDY_TEXT = --calibration $(CALIBRATION) --samples $(SAMPLES) --seqlen $(SEQLEN)
+STUDY_EVALUATION = --evaluate $(TEXT) $(if $(WINDOWS),--evaluate-windows $(WINDOWS))
+STUDIES := studies
+STUDY_lod = $(STUDY_EVALUATION) --sparsities 0.6,0.7
+STUDY_granularity = $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7
+STUDY_allocation = $(STUDY_EVALUATION) --sparsities 0.5,0.6,0.7,0.8
+STUDY_nm = $(STUDY_EVALUATION)
+STUDY_per-layer = $(STUDY_EVALUATION)
+STUDY_efficiency :=
+STUDY_sweep = $(STUDY_EVALUATION)
+STUDY_methods = $(STUDY_EVALUATION) --sparsities 0.5,0.7
+
 TABLES ?= tables
 TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
 TASK_DATA ?=
 LIMIT ?=
-TABLE_CALIBRATION = --calibration $(CALIBRATION) --samples $(SAMPLES) --seqlen $(SEQLEN)
-TABLE_EVALUATION = --evaluate $(TEXT) $(if $(WINDOWS),--evaluate-windows $(WINDOWS))
-TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@ $(TABLE_CALIBRATION)
+TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@ $(STUDY_TEXT)
 
 TINYLLAMA := tinyllama
 LARGE := large
@@ -60,10 +58,10 @@ study-%: install
 	$(BIN)/owl-deploy study $* demo -o $(STUDIES)/$* $(STUDY_TEXT) $(STUDY_$*)
 
 table1: install  ## perplexity at 70% by method, uniform and with OWL
-	$(call TABLE,methods) $(TABLE_EVALUATION) --methods magnitude,wanda,sparsegpt --sparsities 0.7
+	$(call TABLE,methods) $(STUDY_EVALUATION) --methods magnitude,wanda,sparsegpt --sparsities 0.7
 
 table4: install  ## perplexity at 10% to 80% by allocation, with Wanda
-	$(call TABLE,allocation) $(TABLE_EVALUATION) --sparsities 0.1:0.8:0.1
+	$(call TABLE,allocation) $(STUDY_EVALUATION) --sparsities 0.1:0.8:0.1
 
 table5: install  ## accuracy at seven zero-shot tasks, from the hub or TASK_DATA="hellaswag=FILE …"; LIMIT=examples of each
 	$(call TABLE,zero-shot) --sparsities 0.7 --tasks $(TASKS) $(TASK_DATA:%=--task-data %) $(if $(LIMIT),--limit $(LIMIT))
@@ -74,7 +72,7 @@ table7: install  ## seconds for the pruning metric
 # MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
 table8: install engines  ## decode latency at 10% to 90% in DeepSparse, ONNX Runtime and our engine: 30 GB of disk
 	$(BIN)/python benchmarks/table8.py $(TABLES)/$(if $(filter demo,$(MODEL)),tinyllama-geometry,$(notdir $(MODEL)))/$@ \
-	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(TABLE_CALIBRATION) --text $(TEXT))
+	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(STUDY_TEXT) --text $(TEXT))
 
 # Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.
 tinyllama: install  ## decode and prefill of every sparse format against dense fp32 and int4

@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,23 @@ def llama_cpp_python() -> Path:
 def openvino_python() -> Path:
     """The interpreter that OpenVINO is installed for."""
     return _interpreter_of("openvino")
+
+
+def run_in(
+    interpreter: Path | str, script: str, *arguments: object, variables: Mapping[str, str], timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in an engine's environment, from the checkout, with these environment variables."""
+    finished = subprocess.run(
+        [str(interpreter), "-c", script, *map(str, arguments)],
+        cwd=TESTS.parent,
+        env=dict(variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 def _interpreter_of(engine: str) -> Path:

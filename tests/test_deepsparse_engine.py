@@ -22,6 +22,8 @@ from owl_deploy.engines.static_graphs import StaticGraphs
 from owl_deploy.errors import UserError
 from owl_deploy.export.standard import write_standard
 
+from .conftest import run_in
+
 VOCABULARY = 96
 CONTEXT = 200
 SIZES: dict[str, Any] = {
@@ -91,16 +93,10 @@ def test_prefill_and_decode_agree_with_onnxruntime(
     path = export(config, tmp_path)
     ids = np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT)
     np.save(tmp_path / "ids.npy", ids)
-    finished = subprocess.run(
-        [str(deepsparse_python), "-c", SCRIPT, str(tmp_path), str(CONTEXT), json.dumps(PROMPTS)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    finished = run_in(
+        *(deepsparse_python, SCRIPT, tmp_path, CONTEXT, json.dumps(PROMPTS)),
+        variables={**os.environ, "TMPDIR": str(tmp_path)},
     )
-    assert finished.returncode == 0, finished.stderr
     assert "1 tokens after 200 do not fit a context of 200" in finished.stderr
     expected = onnxruntime_logits(path, ids)
     for prompt in PROMPTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -29,7 +28,7 @@ from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.export.parity import ROUNDED_TOLERANCE
 from owl_deploy.export.peer_gguf import GgufWeights, write_gguf
 
-from .conftest import RunCli, TinyModel
+from .conftest import RunCli, TinyModel, run_in
 
 # Rows of 64 and 96 weights: whole blocks of 32.
 SHAPE: dict[str, Any] = {
@@ -315,18 +314,7 @@ np.savez(folder / "logits.npz", **logits)
 """
 
 
-def run_in(interpreter: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    finished = subprocess.run(
-        [str(interpreter), "-c", script, *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished
+VARIABLES = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -364,7 +352,8 @@ def test_llama_cpp_computes_what_torch_computes(
     write(tmp_path / "checkpoint", tmp_path, weights)
     ids = random_ids(2, LONG)
     np.save(tmp_path / "ids.npy", ids)
-    assert run_in(llama_cpp_python, SCRIPT, tmp_path, CONTEXT, LONG).stderr == "", "llama.cpp's messages are not silent"
+    finished = run_in(llama_cpp_python, SCRIPT, tmp_path, CONTEXT, LONG, variables=VARIABLES)
+    assert finished.stderr == "", "llama.cpp's messages are not silent"
     logits, expected = np.load(tmp_path / "logits.npz"), logits_of(model, ids)
     tolerance = ROUNDED_TOLERANCE[weights]
     assert difference(logits["at once"], expected[0, :CONTEXT]) < tolerance
@@ -399,7 +388,7 @@ def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer_does(
     checkpoint, text = checkpoint_and_text(model, request, passage)
     (tmp_path / "text").write_text(text, encoding="utf-8")
     path = write(checkpoint, tmp_path, has_tokenizer=True)
-    ids = json.loads(run_in(llama_cpp_python, TOKENIZE, path, tmp_path / "text").stdout)
+    ids = json.loads(run_in(llama_cpp_python, TOKENIZE, path, tmp_path / "text", variables=VARIABLES).stdout)
     assert ids == PreTrainedTokenizerFast.from_pretrained(checkpoint)(text)["input_ids"]
 
 
@@ -441,7 +430,7 @@ def test_importing_the_engine_imports_no_framework() -> None:
     code = (
         "import sys, owl_deploy.engines.llama_cpp_engine; print({'torch', 'transformers', 'gguf'} & set(sys.modules))"
     )
-    assert run_in(Path(sys.executable), code).stdout.strip() == "set()"
+    assert run_in(sys.executable, code, variables=VARIABLES).stdout.strip() == "set()"
 
 
 def test_without_llama_cpp_the_engine_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from owl_deploy.export.names import Flavor, model_file
 from owl_deploy.export.parity import compare
 from owl_deploy.export.run import export_checkpoint
 
-from .conftest import VOCABULARY, RunCli, TinyModel
+from .conftest import VOCABULARY, RunCli, TinyModel, run_in
 
 PROMPT, LENGTH = 16, 24
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
@@ -83,16 +82,11 @@ class Peers:
             np.save(folder / "ids.npy", IDS)
             model = self.flavor(spec.flavors[0]) / model_file(spec.flavors[0])
             python = spec.environment.interpreter if spec.environment else sys.executable
-            finished = subprocess.run(
-                [python, "-c", SCRIPT, spec.module, spec.class_name, model, folder, str(PROMPT)],
-                cwd=Path(__file__).parent.parent,
-                env=process_variables(spec.environment),
-                capture_output=True,
-                text=True,
-                timeout=1800,
-                check=False,
+            run_in(
+                *(python, SCRIPT, spec.module, spec.class_name, model, folder, PROMPT),
+                variables=process_variables(spec.environment),
+                timeout_s=1800,
             )
-            assert finished.returncode == 0, finished.stderr
             facts = json.loads((folder / "facts.json").read_text())
             self._computed[name] = Computed(dict(np.load(folder / "logits.npz")), facts)
         return self._computed[name]

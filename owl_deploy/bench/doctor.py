@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
+from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.names import Flavor, model_file
+from owl_deploy.export.names import model_file
 from owl_deploy.export.parity import compare
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.magnitude import magnitude_mask
@@ -52,16 +53,15 @@ def examine(specs: Sequence[EngineSpec]) -> Iterator[Diagnosis]:
             if problem is not None:
                 yield Diagnosis(spec.name, "missing", problem)
                 continue
+            flavor = spec.flavors[0]
             start = time.perf_counter()
             try:
-                flavor = _export(checkpoint, bundle, spec)
+                export_checkpoint(checkpoint, bundle, [flavor])
                 start = time.perf_counter()
-                at_once, decoded = _logits(spec, bundle, flavor, Path(folder))
+                logits = _logits(spec, bundle / flavor / model_file(flavor))
                 if expected is None:
-                    expected = np.concatenate([at_once, decoded])
-                found = compare(
-                    *(expected, at_once, decoded), what=spec.name, reference="onnxruntime", precision=spec.precision
-                )
+                    expected = np.concatenate(logits)
+                found = compare(*(expected, *logits), what=spec.name, reference="onnxruntime", precision=spec.precision)
             except (EngineFailed, CheckFailed, UserError) as error:
                 if spec in specs:
                     yield Diagnosis(spec.name, "broken", str(error), time.perf_counter() - start)
@@ -93,22 +93,8 @@ def _write_checkpoint(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def _export(checkpoint: Path, bundle: Path, spec: EngineSpec) -> Flavor:
-    flavor = spec.flavors[0]
-    export_checkpoint(checkpoint, bundle, [flavor])
-    return flavor
-
-
-def _logits(spec: EngineSpec, bundle: Path, flavor: Flavor, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    out = folder / "logits.npz"
+def _logits(spec: EngineSpec, model: Path) -> tuple[Logits, Logits]:
     with EngineProcess(spec, 1) as process:
-        process.load(
-            bundle / flavor / model_file(flavor),
-            threads=1,
-            context=len(_IDS),
-            prompts=[len(_IDS) - DECODED_TOKENS],
-            timeout_s=_TIMEOUT_S,
-        )
-        process.ask(timeout_s=_TIMEOUT_S, do="logits", ids=_IDS, out=str(out))
-    with np.load(out) as found:
-        return found["at_once"], found["decoded"]
+        prompts = [len(_IDS) - DECODED_TOKENS]
+        process.load(model, threads=1, context=len(_IDS), prompts=prompts, timeout_s=_TIMEOUT_S)
+        return process.logits(_IDS, timeout_s=_TIMEOUT_S)

@@ -50,9 +50,9 @@ class Figure:
         Raises:
             UserError: there is none.
         """
-        found = [row for row in rows if self._names(row.engine) and abs(_sparsity(row) - self.sparsity) < _TOLERANCE]
+        found = [row for row in rows if self._names(row.engine) and abs(row.sparsity - self.sparsity) < _TOLERANCE]
         if not found:
-            there = sorted({f"{row.engine}@{_sparsity(row):g}" for row in rows})
+            there = sorted({f"{row.engine}@{row.sparsity:g}" for row in rows})
             raise UserError(f"--fail-if: no row of {self.engine!r} at {self.sparsity:g}; there are {', '.join(there)}")
         return found
 
@@ -103,31 +103,37 @@ def _refused(text: str, reason: str) -> UserError:
 
 
 def _check(text: str, node: ast.expr) -> None:
-    if _figure(node) is not None:
-        figure = _figure(node)
-        assert figure is not None
+    """
+    Raises:
+        UserError: a part of the tree is not of the grammar.
+    """
+    if (figure := _figure(node)) is not None:
         if figure.field not in _numeric_fields():
             raise _refused(text, f"{figure.field} is not a figure of a row")
-        return None
+        return
+    parts = _parts(node)
+    if parts is None:
+        raise _refused(text, f"cannot read {ast.unparse(node)!r}")
+    for part in parts:
+        _check(text, part)
+
+
+def _parts(node: ast.expr) -> list[ast.expr] | None:
+    """What a node of the grammar is made of; None for any other node."""
     match node:
-        case ast.Constant(value=bool()):
-            pass
-        case ast.Constant(value=int() | float()):
+        case ast.Constant(value=bool()):  # which Python takes for a number
             return None
+        case ast.Constant(value=int() | float()):
+            return []
         case ast.BoolOp(values=values):
-            return _check_all(text, values)
+            return values
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
-            return _check(text, operand)
+            return [operand]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-            return _check_all(text, [left, right])
+            return [left, right]
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
-            return _check_all(text, [left, *others])
-    raise _refused(text, f"cannot read {ast.unparse(node)!r}")
-
-
-def _check_all(text: str, nodes: Sequence[ast.expr]) -> None:
-    for node in nodes:
-        _check(text, node)
+            return [left, *others]
+    return None
 
 
 def _figure(node: ast.AST) -> Figure | None:
@@ -171,7 +177,3 @@ def _value(node: ast.expr, figures: dict[Figure, float]) -> float | bool:
 def _numeric_fields() -> set[str]:
     kinds = (int, float, int | None, float | None)
     return {name for name, field in Row.model_fields.items() if field.annotation in kinds}
-
-
-def _sparsity(row: Row) -> float:
-    return row.sparsity_achieved if row.sparsity_asked is None else row.sparsity_asked

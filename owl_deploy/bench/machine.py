@@ -27,15 +27,16 @@ _SMALLEST_SET_BYTES = 8 * 2**20  # below, what a call costs would count
 
 def describe_machine(threads: int) -> Machine:
     """This machine, with the memory bandwidth that `threads` threads reach."""
+    bandwidth_gb_s = {count: read_bandwidth_gb_s(count) for count in {threads, 1, available_cores()}}
     return Machine(
         cpu=cpu_model(),
         cores=available_cores(),
         instruction_set=instruction_set(),
         memory_bytes=psutil.virtual_memory().total,
-        memory_bandwidth_gb_s=read_bandwidth_gb_s(threads),
+        memory_bandwidth_gb_s=bandwidth_gb_s[threads],
         system=f"{platform.system()} {platform.release()}",
-        memory_bandwidth_one_thread_gb_s=read_bandwidth_gb_s(1),
-        memory_bandwidth_all_threads_gb_s=read_bandwidth_gb_s(available_cores()),
+        memory_bandwidth_one_thread_gb_s=bandwidth_gb_s[1],
+        memory_bandwidth_all_threads_gb_s=bandwidth_gb_s[available_cores()],
         instruction_sets=instruction_sets(),
         numa_nodes=len(list(_NUMA.glob("node[0-9]*"))) or None,
         frequency_governor=_GOVERNOR.read_text().strip() if _GOVERNOR.is_file() else None,

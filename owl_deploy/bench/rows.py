@@ -207,6 +207,16 @@ class Row(Record):
         return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
 
     @property
+    def sparsity(self) -> float:
+        """As asked; as achieved where owl-deploy was not asked."""
+        return self.sparsity_achieved if self.sparsity_asked is None else self.sparsity_asked
+
+    def spread_of(self, speedup: str) -> Spread | None:
+        """The rounds behind `speedup_same_engine` or another of its kind."""
+        spread: Spread | None = getattr(self, f"{speedup}_spread")
+        return spread
+
+    @property
     def identity(self) -> tuple[object, ...]:
         """Equal for rows of which the later one takes the earlier one's place: same measurement, same machine."""
         workload = (self.threads, self.batch, self.prompt_tokens, self.new_tokens)

@@ -88,6 +88,7 @@ def bench_bundles(
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines, request.dense_only)
     workloads = _workloads(manifests, configurations[0].flavor, request)
+    command = command or " ".join(["owl-deploy", *sys.argv[1:]])
     with locked(out):
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -98,18 +99,14 @@ def bench_bundles(
         rows = []
         for workload in workloads:
             able = [item for item in configurations if workload.batch == 1 or item.spec.runs_batches]
-            for item in configurations:
-                if item not in able:
-                    reporter.warn(
-                        f"{item.spec.name} decodes one sequence at a time: no rows with batch {workload.batch}"
-                    )
+            for name in [item.spec.name for item in configurations if item not in able]:
+                reporter.warn(f"{name} decodes one sequence at a time: no rows with batch {workload.batch}")
             bench = Bench(
                 able, workload, log, max_load=request.max_load, timeout_s=request.timeout_s, reporter=reporter
             )
             bench.run()
             rows += make_rows(bench, workload, machine)
-            asked = command or " ".join(["owl-deploy", *sys.argv[1:]])
-            report = write_report(merged([known, rows]), out, command=asked)
+            report = write_report(merged([known, rows]), out, command=command)
     return rows, report
 
 

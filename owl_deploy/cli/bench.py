@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from owl_deploy.cli import options
+from owl_deploy.cli.results import show
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
-
-_TABLE_COLUMNS = 220  # where the table does not go to a terminal
 
 
 def bench(
@@ -99,7 +96,6 @@ def bench(
     from owl_deploy.engines.registry import installed_engines
     from owl_deploy.pruning.levels import parse_sparsities
     from owl_deploy.pruning.run import Calibration
-    from owl_deploy.report.tables import terminal_table
 
     if executor not in ("here", "ray"):
         raise UserError(f"--executor {executor}: give here or ray")
@@ -135,12 +131,7 @@ def bench(
         dense_only=tuple(only_dense),
     )
     rows, report = bench_bundles(paths, [*specs, *only_dense], request, output, reporter=reporter)
-    if json:
-        for row in rows:
-            typer.echo(row.model_dump_json())
-    elif not quiet:
-        Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(terminal_table(rows))
-        typer.echo(str(report))
+    show(rows, report, json=json, quiet=quiet)
     failures = [condition.text for condition in conditions if condition.holds(rows)]
     for text in failures:
         typer.echo(f"--fail-if: {text}", err=True)

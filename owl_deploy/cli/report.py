@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from owl_deploy.cli import options
+from owl_deploy.cli.results import show
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
-
-_TABLE_COLUMNS = 220  # where the table does not go to a terminal
 
 
 def report(
@@ -48,7 +45,6 @@ def report(
     from owl_deploy.bench.rows import RESULTS, merged, read_rows
     from owl_deploy.files import locked
     from owl_deploy.report.schema import row_schema
-    from owl_deploy.report.tables import terminal_table
     from owl_deploy.report.write import write_report
 
     if schema:
@@ -71,9 +67,4 @@ def report(
     command = shlex.join(["owl-deploy", "report", *map(str, results), "-o", str(output)])
     with locked(output):
         written = write_report(rows, output, command=command)
-    if json:
-        for row in rows:
-            typer.echo(row.model_dump_json())
-    elif not quiet:
-        Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(terminal_table(rows))
-        typer.echo(str(written))
+    show(rows, written, json=json, quiet=quiet)

@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import psutil
 
 from owl_deploy.engines.environments import process_variables
+from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
 
@@ -80,6 +83,14 @@ class EngineProcess:
         request = {"threads": threads, "context": context, "prompts": prompts, "batch": batch}
         answer = self.ask(do="load", model=str(model.absolute()), timeout_s=timeout_s, **request)
         self.load_ms, self.facts = answer["load_ms"], answer["facts"]
+
+    def logits(self, ids: Sequence[int], *, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[Logits, Logits]:
+        """See `probe.engine_logits`. They are too many for the pipe, and come in a file."""
+        with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
+            out = Path(folder) / "logits.npz"
+            self.ask(timeout_s=timeout_s, do="logits", ids=list(ids), out=str(out))
+            with np.load(out) as found:
+                return found["at_once"], found["decoded"]
 
     @property
     def pid(self) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks, matrix_of
+from owl_deploy.checkpoints.structure import find_blocks, matrix_of, zeros
 from owl_deploy.engines.protocol import TokenIds
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UnsupportedFamily, UserError
@@ -291,10 +291,9 @@ def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:
 
 def _sparsity(model: PreTrainedModel) -> float:
     """Zeros among the weights of its blocks' linears."""
-    weights = [linear.weight for block in find_blocks(model) for linear in block.linears.values()]
-    nonzero = sum(int(np.count_nonzero(weight.detach().numpy())) for weight in weights)
-    total = sum(weight.numel() for weight in weights)
-    return (total - nonzero) / total
+    blocks = find_blocks(model)
+    found = sum(zeros(linear) for block in blocks for linear in block.linears.values())
+    return found / sum(block.weights for block in blocks)
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

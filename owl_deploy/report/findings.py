@@ -123,7 +123,7 @@ def _against_fastest(series: Series, rows: Sequence[Row], fastest: _Fastest) -> 
     if not compared or name is None:
         return ""
     best, speedup = max(compared, key=lambda pair: pair[1])
-    spread: Spread | None = getattr(best, f"{fastest.field}_spread")
+    spread = best.spread_of(fastest.field)
     found = verdict(speedup, spread)
     wording = {"faster": "faster", "slower": "**still slower**", "no different": "no different"}[found]
     return f"Against {fastest.words}, {name}, its best is {ratio(speedup, spread)} at {series.label(best)}: {wording}."

@@ -17,8 +17,7 @@ from owl_deploy.bench.rows import Row, Spread
 from owl_deploy.files import disk_errors
 from owl_deploy.report.paper import TABLE_8
 from owl_deploy.report.pareto import Box, Point, boxes_along, front_of, padded, place_labels, points_of, steps_along
-from owl_deploy.report.series import Series, by_series, by_workload, model_name
-from owl_deploy.report.text import enumeration
+from owl_deploy.report.series import Series, by_series, by_workload, model_names
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -71,7 +70,7 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
             axes.set_xticks(range(0, 101, 10))
             axes.set_xlabel("sparsity of the block linears (%)")
             _tidy(axes)
-    figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
+    figure.suptitle(model_names(rows))
     _legend(figure)
     save_figure(figure, path)
 
@@ -94,7 +93,7 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
             "\n".join(filter(None, [name, "perplexity against decode time: lower and further left is better"]))
         )
         _tidy(axes)
-    figure.suptitle(enumeration(sorted({model_name(row) for row in rows})))
+    figure.suptitle(model_names(rows))
     _legend(figure)
     figure.draw_without_rendering()  # only now it is known where axes and texts are
     for axes, points in drawn:

@@ -8,8 +8,8 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from owl_deploy.bench.rows import Row, Spread
-from owl_deploy.report.text import percent
+from owl_deploy.bench.rows import Row
+from owl_deploy.report.text import enumeration, percent
 
 
 class Workload(NamedTuple):
@@ -77,12 +77,17 @@ class Series:
 
 def sparsity_label(row: Row) -> str:
     """The sparsity as asked; as achieved where owl-deploy was not asked."""
-    return "dense" if row.is_dense else percent(_sparsity(row))
+    return "dense" if row.is_dense else percent(row.sparsity)
 
 
 def model_name(row: Row) -> str:
     """A hub id without its owner, a directory without its parents."""
     return Path(row.model).name
+
+
+def model_names(rows: Iterable[Row]) -> str:
+    """All models of a report, in a title."""
+    return enumeration(sorted({model_name(row) for row in rows}))
 
 
 def workload_of(row: Row) -> Workload:
@@ -102,7 +107,7 @@ def dense_references(rows: Iterable[Row], field: str) -> list[Row]:
     """The dense rows that speed-ups were taken over, by `field`: in every round exactly as fast as themselves."""
     found = []
     for row in rows:
-        spread: Spread | None = getattr(row, f"{field}_spread")
+        spread = row.spread_of(field)
         if row.is_dense and spread is not None and spread.low == spread.high == 1:
             found.append(row)
     return found
@@ -124,7 +129,7 @@ def by_series(rows: Iterable[Row]) -> list[Series]:
     for row in rows:
         groups.setdefault(_key(row), []).append(row)
     return [
-        Series(_name(key, groups), tuple(sorted(groups[key], key=lambda row: (_sparsity(row), row.bundle))))
+        Series(_name(key, groups), tuple(sorted(groups[key], key=lambda row: (row.sparsity, row.bundle))))
         for key in sorted(groups)
     ]
 
@@ -154,7 +159,3 @@ def _telling(names: Sequence[tuple[str, ...]]) -> list[str]:
         if len({tuple(compress(parts, kept)) for parts in names}) < len(names):
             kept[index] = True
     return [", ".join(compress(parts, kept)) for parts in names]
-
-
-def _sparsity(row: Row) -> float:
-    return row.sparsity_achieved if row.sparsity_asked is None else row.sparsity_asked

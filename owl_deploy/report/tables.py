@@ -78,7 +78,7 @@ def _speedup_column(title: str, field: str, tells: Callable[[Sequence[Row]], boo
     """A ratio with the spread of its rounds, marked where its confidence interval is wide."""
 
     def text(_: Series, row: Row) -> str:
-        spread: Spread | None = getattr(row, f"{field}_spread")
+        spread = row.spread_of(field)
         shown = ratio(getattr(row, field), spread)
         return f"{shown} {WIDE_MARK}" if spread and spread.is_wide else shown
 

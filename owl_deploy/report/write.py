@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from owl_deploy.bench.rows import RESULTS, Row
 from owl_deploy.errors import UserError
 from owl_deploy.files import disk_errors, write_text
@@ -15,9 +13,10 @@ from owl_deploy.report.findings import findings
 from owl_deploy.report.page.render import page
 from owl_deploy.report.pareto import front_text, points_of
 from owl_deploy.report.plots import plot_pareto, plot_speedup
-from owl_deploy.report.series import by_workload, model_name
+from owl_deploy.report.series import by_workload, model_names
 from owl_deploy.report.tables import markdown_table, write_csv
-from owl_deploy.report.text import enumeration, escaped
+from owl_deploy.report.templates import template
+from owl_deploy.report.text import escaped
 
 REPORT = "report.md"
 PAGE = "report.html"
@@ -53,18 +52,11 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
 
 
 def _markdown(rows: Sequence[Row], command: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("owl_deploy", "report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["escaped"] = escaped
-    fronts = [(name, front_text(points_of(here))) for name, here in by_workload(rows).items()]
-    return environment.get_template("report.md.j2").render(
-        model=enumeration(sorted({model_name(row) for row in rows})),
-        parts=[(name, findings(here), markdown_table(here)) for name, here in by_workload(rows).items()],
+    workloads = by_workload(rows)
+    fronts = [(name, front_text(points_of(here))) for name, here in workloads.items()]
+    return template("report.md.j2", escaped=escaped).render(
+        model=model_names(rows),
+        parts=[(name, findings(here), markdown_table(here)) for name, here in workloads.items()],
         fronts=[(name, front) for name, front in fronts if front],
         method=method(rows),
         conditions=conditions(rows),

@@ -141,7 +141,7 @@ def speedup_chart(
     if not values:
         return None
     own = speedup == "speedup_same_engine"
-    ends = [end for _, here in series for row, _ in here for end in uncertainty(_spread(row, speedup)) or ()]
+    ends = [end for _, here in series for row, _ in here for end in uncertainty(row.spread_of(speedup)) or ()]
     highest = max([*values, *ends, *([TABLE_8[-1].speedup] if own else [])])
     x = Scale(0, 100, _FRAME.left + 12, _FRAME.left + _FRAME.width - 4)
     y = Scale(0, 1.06 * highest, _FRAME.top + _FRAME.height, _FRAME.top)
@@ -155,8 +155,8 @@ def speedup_chart(
         if len(spots) > 1:
             lines.append(Line(_path(spots), one.name))
         for (row, value), (across, down) in zip(here, spots, strict=True):
-            bar = uncertainty(_spread(row, speedup)) or (value, value)
-            tip = f"{one.name}, {one.label(row)}: {_interval(value, _spread(row, speedup))}"
+            bar = uncertainty(row.spread_of(speedup)) or (value, value)
+            tip = f"{one.name}, {one.label(row)}: {_interval(value, row.spread_of(speedup))}"
             marks.append(Mark(across, down, one.name, tip, low=y.at(bar[0]), high=y.at(bar[1])))
     over = "the same engine’s dense model" if own else "the fastest dense fp32 row"
     return Chart(
@@ -252,11 +252,6 @@ def marker_path(style: Style) -> str:
 def indices(styles: Mapping[str, Style]) -> dict[str, int]:
     """A number for each series, by which the page's script shows and hides it."""
     return {name: index for index, name in enumerate(styles)}
-
-
-def _spread(row: Row, speedup: str) -> Spread | None:
-    spread: Spread | None = getattr(row, f"{speedup}_spread")
-    return spread
 
 
 def _interval(value: float, spread: Spread | None) -> str:

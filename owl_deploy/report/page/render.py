@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from owl_deploy.bench.rows import SCHEMA_VERSION, Row
@@ -25,9 +24,10 @@ from owl_deploy.report.page.memory import MemoryFigures, memory_figures
 from owl_deploy.report.paper import PAPER_SETTING
 from owl_deploy.report.pareto import front_text
 from owl_deploy.report.plots import COLOURS, styles
-from owl_deploy.report.series import Series, by_series, by_workload, model_name, sparsity_label
+from owl_deploy.report.series import Series, by_series, by_workload, model_names, sparsity_label
 from owl_deploy.report.tables import CSV_FIELDS, Column, footnotes, shown_columns, split_cell, value_at
-from owl_deploy.report.text import enumeration, number, percent, ratio, size
+from owl_deploy.report.templates import template
+from owl_deploy.report.text import number, percent, ratio, size
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 _VERDICTS: dict[Verdict, str] = {"faster": "▲", "slower": "▼", "no different": "≈"}
@@ -98,20 +98,12 @@ def page(rows: Sequence[Row], *, command: str, csv: str, results: str) -> str:
         command: the command line that made the report.
         csv, results: the files beside it.
     """
-    environment = Environment(
-        loader=PackageLoader("owl_deploy.report", "page"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"emphasised": _emphasised, "number": number, "size": size, "percent": percent}
     assets = files("owl_deploy.report") / "page"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     drawn_as = styles(rows)
-    return environment.get_template("page.html.j2").render(
-        model=enumeration(sorted({model_name(row) for row in rows})),
+    template_of_page = template("page/page.html.j2", emphasised=_emphasised, number=number, size=size, percent=percent)
+    return template_of_page.render(
+        model=model_names(rows),
         machines=sorted({row.machine.cpu for row in rows}),
         style=Markup(style),
         style_hash=_sha256(style),

@@ -1,0 +1,28 @@
+"""How `bench` and `report` show their rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from owl_deploy.bench.rows import Row
+
+_TABLE_COLUMNS = 220  # where the table does not go to a terminal
+
+
+def show(rows: Sequence[Row], report: Path, *, json: bool, quiet: bool) -> None:
+    """One JSON object a row, or a table and the report's path, or nothing."""
+    from owl_deploy.report.tables import terminal_table
+
+    if json:
+        for row in rows:
+            typer.echo(row.model_dump_json())
+    elif not quiet:
+        Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(terminal_table(rows))
+        typer.echo(str(report))
