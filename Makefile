@@ -98,7 +98,8 @@ offload: install  ## prune 12.6 GiB of weights block by block; ends with the mos
 kernels: install  ## the sparse kernels alone, by format, instruction set and density
 	$(BIN)/python benchmarks/kernels.py kernels
 
-test: install engines other-tools cross browser lint  ## lint, types, and every test
+test: install  ## lint, types, and every test
+	$(MAKE) --no-print-directory --jobs 2 engines other-tools cross browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-peers: install peers  ## llama.cpp too, which is compiled first: many minutes
@@ -153,8 +154,9 @@ cross:
 	      g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
 	  echo "$@: g++-aarch64-linux-gnu and qemu-user are not here: the kernels for ARM will not be tested"
 
-# What the HTML report is tested in. It takes root to install; without it those tests are skipped.
-browser:
+# What the HTML report is tested in. It takes root to install; without it those tests are skipped. Not at the same time as
+# `cross`: one apt-get keeps another out.
+browser: | cross
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium >/dev/null; } || \

@@ -1,7 +1,8 @@
 """The paper's Table 8: decode latency by sparsity at TinyLlama-1.1B's geometry, one level after the other.
 
     python benchmarks/table8.py OUT [--model MODEL --calibration TEXT --text TEXT] [--sparsities 0.1:0.9:0.1]
-        [--engines deepsparse,onnxruntime,sparse] [--prompt 64] [--new-tokens 12] [--repetitions 3] …
+        [--engines deepsparse,onnxruntime,sparse] [--dense-engines onnxruntime-int4,llama.cpp-q4_0]
+        [--prompt 1] [--new-tokens 16] [--repetitions 3] …
 
 Each level is pruned, exported, measured beside the dense model, and deleted again, so that ten levels take the disk of
 two: 30 GB at 1.1B parameters in fp32. Results gather in OUT as `owl-deploy bench` writes them. A run that was killed
@@ -38,6 +39,7 @@ from owl_deploy.checkpoints.source import ModelSource, resolve_model
 from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.export.bundle import MANIFEST
+from owl_deploy.export.names import weights_of
 from owl_deploy.files import read_json, staged_directory, write_json
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
@@ -75,8 +77,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows")
     parser.add_argument("--sparsities", default="0.1:0.9:0.1", help="the dense level is always measured")
     parser.add_argument("--engines", default="deepsparse,onnxruntime,sparse")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--dense-engines", default="onnxruntime", help="engines that run the dense model alone")
+    parser.add_argument("--prompt", type=int, default=1, help="more than 1 makes DeepSparse compile a second graph")
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--max-load", type=float, default=1.0)
@@ -96,8 +99,9 @@ class Table8:
         self._sparsities = [level for level in parse_sparsities(arguments.sparsities) if level > 0]
         self._engines = installed_engines(arguments.engines)
         # ONNX Runtime's dense graph is what all else is measured against; there is nothing in packing dense weights.
-        dense = [spec for spec in self._engines if "sparse" not in spec.name]
-        self._dense_engines = list(dict.fromkeys([*dense, engine_spec("onnxruntime")]))
+        dense = [spec for spec in self._engines if weights_of(spec.flavors[0]) is None]
+        peers = installed_engines(arguments.dense_engines)
+        self._dense_engines = list(dict.fromkeys([*dense, engine_spec("onnxruntime"), *peers]))
 
     def run(self) -> Path:
         """Measure the levels that are missing; the path of the report."""

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from owl_deploy.bench import measure
+from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
 from owl_deploy.export.bundle import MANIFEST
@@ -126,6 +128,27 @@ def test_wrong_numbers_are_not_timed(
         assert "logits differ" in rows[name]["error"]
         assert rows[name]["samples_ms"]["decode"] == []
     assert rows["onnxruntime"]["status"] == "ok"
+
+
+def test_where_memory_is_short_what_takes_long_to_load_stays(
+    bundle: Path, hostile: Register, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for one and a half engines: of two, one is loaded again in every round."""
+    available = psutil.virtual_memory().available
+    monkeypatch.setattr(measure, "_MEMORY_SHARE", 1.5 * 2**30 / available)
+    monkeypatch.setattr(EngineProcess, "measure_memory", lambda self: setattr(self, "memory_bytes", 2**30))
+    quick, slow = hostile("Honest", "Compiling")
+    out = tmp_path / "out"
+    ran = run_cli("bench", bundle, "-o", out, "--engines", f"{quick},{slow}", *WORKLOAD)
+    assert ran.code == 0
+    entries = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
+    processes = {
+        name: [entry["process"] for entry in entries if entry["kind"] == "round" and entry["name"].startswith(name)]
+        for name in (quick, slow)
+    }
+    assert len(processes[slow]) == len(processes[quick]) == 3
+    assert len(set(processes[slow])) == 1
+    assert len(set(processes[quick])) == 3
 
 
 def test_twenty_levels_of_eight_engines_leave_nothing_behind(

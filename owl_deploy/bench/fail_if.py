@@ -2,8 +2,8 @@
 
 The grammar is a part of Python's, read by `ast` and never executed: figures of rows, numbers, + - * /, comparisons,
 and, or, not. A figure is FIELD["ENGINE"]@SPARSITY: a numeric field of a row, `speedup` being short for
-`speedup_fastest_dense`; ENGINE is an engine's name or, as `sparse` for all formats, what it begins with before a dash.
-Of several such rows the figure must hold for each: the condition is met when it is met for any.
+`speedup_fastest_dense`; ENGINE is an engine's name, or short for several as on the command line (`sparse` for all
+formats). Of several such rows the figure must hold for each: the condition is met when it is met for any.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owl_deploy.bench.rows import Row
+from owl_deploy.engines.registry import full_names
 from owl_deploy.errors import UserError
 
 _SHORT = {"speedup": "speedup_fastest_dense", "ttft_ms": "ttft_ms_p50", "decode_ms": "decode_ms_p50"}
@@ -50,14 +51,12 @@ class Figure:
         Raises:
             UserError: there is none.
         """
-        found = [row for row in rows if self._names(row.engine) and abs(row.sparsity - self.sparsity) < _TOLERANCE]
+        engines = full_names(self.engine)
+        found = [row for row in rows if row.engine in engines and abs(row.sparsity - self.sparsity) < _TOLERANCE]
         if not found:
             there = sorted({f"{row.engine}@{row.sparsity:g}" for row in rows})
             raise UserError(f"--fail-if: no row of {self.engine!r} at {self.sparsity:g}; there are {', '.join(there)}")
         return found
-
-    def _names(self, engine: str) -> bool:
-        return engine == self.engine or engine.startswith(f"{self.engine}-")
 
 
 @dataclass(frozen=True)

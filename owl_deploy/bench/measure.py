@@ -354,7 +354,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _loaded(self, configuration: Configuration, *, batch: int) -> Iterator[EngineProcess]:
-        """The configuration's process, loaded and warm; afterwards paused, or ended if memory is short."""
+        """The configuration's process, loaded and warm; afterwards paused. Where memory is short, some end instead."""
         workload = self._workload
         key = (configuration.name, batch)
         process = self._idle.pop(key, None)
@@ -379,11 +379,16 @@ class Bench:
             if process is not None:
                 process.close()
             raise
-        if process.memory_bytes + sum(idle.memory_bytes for idle in self._idle.values()) > self._budget_bytes:
-            process.close()
-        else:
-            process.pause()
-            self._idle[key] = process
+        process.pause()
+        self._idle[key] = process
+        self._keep_what_fits()
+
+    def _keep_what_fits(self) -> None:
+        """End idle processes until the rest fit in memory, those first that are soon loaded again."""
+        for key in sorted(self._idle, key=lambda key: self._idle[key].load_ms or 0.0):
+            if sum(process.memory_bytes for process in self._idle.values()) <= self._budget_bytes:
+                return
+            self._idle.pop(key).close()
 
     def _unload(self, bundle: Path) -> None:
         """End the processes of a bundle whose rounds are over."""

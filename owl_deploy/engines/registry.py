@@ -190,7 +190,7 @@ def named_engines(names: str) -> list[EngineSpec]:
     Raises:
         UserError: one is unknown.
     """
-    wanted = [full_name for name in names.split(",") for full_name in _full_names(name.strip())]
+    wanted = [full_name for name in names.split(",") for full_name in full_names(name.strip())]
     return [engine_spec(name) for name in dict.fromkeys(wanted)]
 
 
@@ -200,11 +200,11 @@ def environment_of(name: str) -> tuple[Environment | None, str]:
     Raises:
         UserError: there is no such engine.
     """
-    spec = engine_spec(_full_names(name)[0])
+    spec = engine_spec(full_names(name)[0])
     return spec.environment, spec.licence
 
 
-def _full_names(name: str) -> list[str]:
+def full_names(name: str) -> list[str]:
     """What `name` is short for: every engine called `name-…`, if none is called `name`."""
     longer = [engine for engine in ENGINES if engine.startswith(f"{name}-")]
     return [name] if name in ENGINES or not longer else longer

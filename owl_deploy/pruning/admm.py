@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.errors import UserError
+from owl_deploy.pruning.damping import damped, inverse
 
 _RHO = 1.0
 _RAMP = 0.75
 """The sparsity rises over this share of the steps, and then stays."""
-_DAMPENING_TRIES = 8
 
 Mask = Callable[[torch.Tensor, float], torch.Tensor]
 """Of scores [out, in] and a sparsity: bool [out, in], true where pruned."""
@@ -66,8 +65,10 @@ def admm(
     G = gram / norm[:, None] / norm
     W0 = weight * (gram.diagonal() > 0) * norm
     B = W0 @ G if correlation is None else correlation / norm
-    live = (gram.diagonal() > 0).float().mean().item()
-    inverse, used = _damped_inverse(G, dampening, live)
+    live = (gram.diagonal() > 0).float().mean().item()  # the mean of G's diagonal
+    G_rho = G + _RHO * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    solve, factor = damped(G_rho, dampening, inverse, unit=live)
+    used = factor * live
     G.diagonal().add_(used)
     B = B + used * W0
 
@@ -79,21 +80,8 @@ def admm(
         pruned = mask(V.abs(), now)
         Z = V.masked_fill(pruned, 0)
         U = V - Z
-        W = (B + _RHO * (Z - U)) @ inverse
+        W = (B + _RHO * (Z - U)) @ solve
     return ADMMResult(_polished(Z, pruned, G, B, polish) / norm, used)
-
-
-def _damped_inverse(G: torch.Tensor, dampening: float, live: float) -> tuple[torch.Tensor, float]:
-    """`(G + (d + rho) I)^-1` for the damping d that was asked for, or the first larger one that works, and d."""
-    for _ in range(_DAMPENING_TRIES):
-        used = dampening * live  # the mean of a diagonal of ones, and of zeros where inputs are dead
-        damped = G.clone()
-        damped.diagonal().add_(used + _RHO)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and bool(lower.isfinite().all()):
-            return torch.cholesky_inverse(lower), used
-        dampening *= 10
-    raise UserError("the calibration activations give no usable Hessian (NaN or infinite); check the model's weights")
 
 
 def _polished(Z: torch.Tensor, pruned: torch.Tensor, G: torch.Tensor, B: torch.Tensor, steps: int) -> torch.Tensor:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.errors import UserError
+from owl_deploy.pruning.damping import damped, inverse
 from owl_deploy.pruning.plan import NM
 from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer
-
-_DAMPENING_TRIES = 8
 
 Scores = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """Of some columns' current weights [out, n], diag(U) there [n], and where they are: what to prune by, [out, n]."""
@@ -60,16 +58,16 @@ def sparsegpt(
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W[:, dead] = 0
-    U, used = _inverse_cholesky(H, dampening)
+    U, used = damped(H, dampening, _inverse_cholesky, unit=H.diagonal().mean())
 
     for start in range(0, W.shape[1], block_size):
         end = min(start + block_size, W.shape[1])
         block, error = W[:, start:end].clone(), torch.zeros_like(W[:, start:end])
-        inverse = U[start:end, start:end]
+        factor = U[start:end, start:end]
         if fixed_mask is not None:
             mask = fixed_mask[:, start:end]
         elif pattern is None:
-            mask = smallest_of_layer(scores(block, inverse.diagonal(), slice(start, end)), sparsity)
+            mask = smallest_of_layer(scores(block, factor.diagonal(), slice(start, end)), sparsity)
         else:
             mask = torch.zeros_like(block, dtype=torch.bool)
         for i in range(end - start):
@@ -77,27 +75,21 @@ def sparsegpt(
                 group = slice(i, min(i + pattern.of, end - start))
                 where = slice(start + group.start, start + group.stop)
                 mask[:, group] = smallest_of_each_group(
-                    scores(block[:, group], inverse.diagonal()[group], where), pattern
+                    scores(block[:, group], factor.diagonal()[group], where), pattern
                 )
             kept = block[:, i].masked_fill(mask[:, i], 0)
-            error[:, i] = (block[:, i] - kept) / inverse[i, i]
-            block[:, i:] -= torch.outer(error[:, i], inverse[i, i:])
+            error[:, i] = (block[:, i] - kept) / factor[i, i]
+            block[:, i:] -= torch.outer(error[:, i], factor[i, i:])
             block[:, i] = kept
         W[:, start:end] = block
         W[:, end:] -= error @ U[start:end, end:]
     return SparseGPTResult(W, used)
 
 
-def _inverse_cholesky(H: torch.Tensor, dampening: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the inverse of the damped H, and the damping used."""
-    mean_diagonal = H.diagonal().mean()
-    for _ in range(_DAMPENING_TRIES):
-        damped = H.clone()
-        damped.diagonal().add_(dampening * mean_diagonal)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return upper, dampening
-        dampening *= 10
-    raise UserError("the calibration activations give no usable Hessian (NaN or infinite); check the model's weights")
+def _inverse_cholesky(H: torch.Tensor) -> torch.Tensor | None:
+    """The upper Cholesky factor of the inverse of H; None where H is not positive definite."""
+    inverted = inverse(H)
+    if inverted is None:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(inverted, upper=True)
+    return None if failed else upper

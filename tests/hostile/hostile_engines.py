@@ -38,6 +38,12 @@ class Honest:
         return self.generations > 1
 
 
+class Compiling(Honest):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        time.sleep(1)
+
+
 class Hanging(Honest):
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         if self.is_warm:
