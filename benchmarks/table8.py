@@ -38,7 +38,7 @@ from owl_deploy.bench.sweep import Level, make_level
 from owl_deploy.checkpoints.source import ModelSource, resolve_model
 from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.bundle import MANIFEST
+from owl_deploy.export.bundle import MANIFEST, read_bundle
 from owl_deploy.export.names import weights_of
 from owl_deploy.files import read_json, staged_directory, write_json
 from owl_deploy.pruning.levels import parse_sparsities
@@ -111,7 +111,8 @@ class Table8:
         self._reporter.step(f"{len(self._sparsities) - len(missing)} of {len(self._sparsities)} levels are there")
         if missing:
             self._step("dense", "checkpoint", self._make_dense)
-            self._step("dense", "export", lambda: self._make(PruningPlan(0.0), self._dense_engines))
+            for spec in self._dense_engines:  # one by one: memory holds what one exporter takes, not what all leave
+                self._step("dense", f"export for {spec.name}", lambda spec=spec: self._make(PruningPlan(0.0), [spec]))
         for sparsity in missing:
             directory = self._directory(sparsity)
             plan = PruningPlan(sparsity, **(REAL if self._arguments.model else RANDOM))
@@ -177,8 +178,11 @@ class Table8:
 
     def _make(self, plan: PruningPlan, engines: list[EngineSpec]) -> None:
         """Prune and export a level in a process of its own, whose memory is free again when engines are measured."""
-        if (self._directory(plan.sparsity) / "bundle" / MANIFEST).is_file():
-            return
+        bundle = self._directory(plan.sparsity) / "bundle"
+        if (bundle / MANIFEST).is_file():
+            made = read_bundle(bundle)
+            if all(spec.flavors[0] in (*made.flavors, *made.unsupported) for spec in engines):
+                return
         source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
         texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
         level = Level(source, self._work, plan, texts, tuple(engines))
