@@ -162,4 +162,4 @@ def test_granularity_row_and_layer_differ_in_where_not_in_how_much(layer: dict[s
     ("sparsity", "slope"), [(0.3, 0), (0.5, 0), (0.6, 0.0725), (0.65, 0.08625), (0.7, 0.1), (0.8, 0.09), (0.9, 0.09)]
 )
 def test_the_usual_slope_of_the_linear_allocation(sparsity: float, slope: float) -> None:
-    assert PruningPlan(sparsity, "admm").half_range == pytest.approx(slope)
+    assert PruningPlan(sparsity, "admm", "linear").half_range == pytest.approx(slope)

@@ -23,8 +23,8 @@ def prune(
     allocation: Annotated[
         Optional[str],
         typer.Option(
-            help="How many of each block: owl (default; with admm, linear), owl-per-layer, owl-inverse, dlp, linear, "
-            "global, erdos-renyi, er-plus, uniform, or a .json of sparsities: a list of blocks', or linears' by name."
+            help="How many of each block: owl (default), owl-per-layer, owl-inverse, dlp, linear, global, "
+            "erdos-renyi, er-plus, uniform, or a .json of sparsities: a list of blocks', or linears' by name."
         ),
     ] = None,
     owl_m: options.OwlM = None,

@@ -150,9 +150,10 @@ class PruningPlan:
 
     def _fill_in(self) -> None:
         """Set what is None to the default of the method or allocation it belongs to."""
-        defaults: dict[str, Any] = {"allocation": self._default_allocation()}
+        is_mixed = isinstance(self.pattern, MixedNM)
+        defaults: dict[str, Any] = {"allocation": "owl" if self.pattern is None or is_mixed else "uniform"}
         allocation = self.allocation or defaults["allocation"]
-        if isinstance(self.pattern, MixedNM):
+        if is_mixed:
             defaults["half_range"] = 2.0
         elif allocation in _WITH_HALF_RANGE:
             usual = {"dlp": 0.15, "linear": _usual_slope(self.sparsity)}
@@ -169,13 +170,6 @@ class PruningPlan:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-
-    def _default_allocation(self) -> Allocation:
-        if isinstance(self.pattern, MixedNM):
-            return "owl"
-        if self.pattern is not None:
-            return "uniform"
-        return "linear" if self.method == "admm" else "owl"
 
     def _check_combinations(self) -> None:
         explicit = self.block_sparsities is not None or self.linear_sparsities is not None
@@ -256,7 +250,7 @@ def _check_sparsity(value: float, what: str) -> None:
 
 
 def _usual_slope(sparsity: float) -> float:
-    """Of `linear`: what measured best with ADMM on SmolLM2-135M at 50, 60, 70 and 80%, and lines between."""
+    """Of `linear`: what measured best of those tried with ADMM on SmolLM2-135M, and lines between."""
     return round(float(np.interp(sparsity, (0.5, 0.6, 0.7, 0.8), (0.0, 0.0725, 0.1, 0.09))), 6)
 
 

@@ -107,7 +107,7 @@ def methods(sparsities: Sequence[float], only: Sequence[str] = ()) -> Study:
     variants: list[tuple[Method, dict[str, Any], Sequence[Allocation]]] = [
         *((method, {}, ("uniform", "owl")) for method in plain),
         *(("admm", parts, ("uniform", "owl")) for parts in _ADMM[:-1]),
-        ("admm", _ADMM[-1], ("uniform", "owl", "linear")),  # linear: what `--method admm` does by default
+        ("admm", _ADMM[-1], ("uniform", "owl", "linear")),
     ]
     cells = [
         Cell(
