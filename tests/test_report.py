@@ -373,6 +373,13 @@ def test_a_report_of_one_poor_row_is_still_a_report(row: Row, tmp_path: Path) ->
     assert "## How it was measured" in report.read_text(encoding="utf-8")
 
 
+def test_without_perplexity_there_is_no_plot_of_it(tmp_path: Path) -> None:
+    rows = [row.model_copy(update={"perplexity": None}) for row in make_sweep()]
+    report = write_report(rows, tmp_path, command="x")
+    assert not (tmp_path / "pareto.png").exists()
+    assert "pareto.png" not in report.read_text(encoding="utf-8")
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing was measured"):
         write_report([], tmp_path, command="x")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from owl_deploy.bench import measure
+from owl_deploy.bench import processes
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
@@ -135,20 +135,20 @@ def test_where_memory_is_short_what_takes_long_to_load_stays(
 ) -> None:
     """Room for one and a half engines: of two, one is loaded again in every round."""
     available = psutil.virtual_memory().available
-    monkeypatch.setattr(measure, "_MEMORY_SHARE", 1.5 * 2**30 / available)
+    monkeypatch.setattr(processes, "_MEMORY_SHARE", 1.5 * 2**30 / available)
     monkeypatch.setattr(EngineProcess, "measure_memory", lambda self: setattr(self, "memory_bytes", 2**30))
     quick, slow = hostile("Honest", "Compiling")
     out = tmp_path / "out"
     ran = run_cli("bench", bundle, "-o", out, "--engines", f"{quick},{slow}", *WORKLOAD)
     assert ran.code == 0
     entries = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
-    processes = {
+    used = {
         name: [entry["process"] for entry in entries if entry["kind"] == "round" and entry["name"].startswith(name)]
         for name in (quick, slow)
     }
-    assert len(processes[slow]) == len(processes[quick]) == 3
-    assert len(set(processes[slow])) == 1
-    assert len(set(processes[quick])) == 3
+    assert len(used[slow]) == len(used[quick]) == 3
+    assert len(set(used[slow])) == 1
+    assert len(set(used[quick])) == 3
 
 
 def test_twenty_levels_of_eight_engines_leave_nothing_behind(

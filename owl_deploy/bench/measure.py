@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from owl_deploy.bench.end_to_end import EndToEnd
 from owl_deploy.bench.machine import available_cores, busy_cores, cpu_model, load_average
+from owl_deploy.bench.processes import Load, Processes
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
@@ -38,7 +38,6 @@ MEASUREMENTS = "measurements.jsonl"
 _WARM_UP_TOKENS = 8
 _QUIET_S = 0.5  # how long the machine is watched, while every engine is paused, …
 _QUIET_TRIES = 10  # … and how often, before it counts as busy
-_MEMORY_SHARE = 0.7  # of what was free: idle engines stay loaded as long as they fit in it
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,7 @@ class Bench:
         configurations: Sequence[Configuration],
         workload: Workload,
         log: Log,
+        processes: Processes,
         *,
         max_load: float,
         timeout_s: float = REQUEST_TIMEOUT_S,
@@ -155,6 +155,7 @@ class Bench:
     ) -> None:
         """
         Args:
+            processes: where engines stay loaded.
             max_load: how many cores other processes may keep busy before measuring is refused.
             timeout_s: how long an engine may take to answer before it counts as hung.
         """
@@ -165,10 +166,9 @@ class Bench:
         self._timeout_s = timeout_s
         self._reporter = reporter
         self._errors: dict[str, str] = {}
-        self._idle: dict[tuple[str, int], EngineProcess] = {}  # by configuration and batch
+        self._processes = processes
         self._load_before = self._other_load = 0.0
         self._has_timed = False
-        self._budget_bytes = int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
     def run(self) -> None:
         """Check and time every configuration, as far as the log does not hold it yet.
@@ -178,12 +178,8 @@ class Bench:
         """
         groups = [group for group in self._groups() if not self._is_done(group)]
         steps = sum(len(group) for group in groups) * self._workload.repetitions
-        try:
-            for step in self._reporter.track(self._steps(groups), "measuring", steps) if groups else ():
-                step()
-        finally:
-            for process in self._idle.values():
-                process.close()
+        for step in self._reporter.track(self._steps(groups), "measuring", steps) if groups else ():
+            step()
 
     def setup(self, configuration: Configuration) -> dict[str, Any] | None:
         """Facts, perplexity and parity of a configuration; None if it failed."""
@@ -238,7 +234,7 @@ class Bench:
                 self._wait_for_quiet()
                 for item in group:
                     yield partial(self._time, item, name)
-            self._unload(group[-1].bundle)
+            self._processes.end(group[-1].bundle)
 
     @contextlib.contextmanager
     def _failures_of(self, configuration: Configuration) -> Iterator[None]:
@@ -254,7 +250,7 @@ class Bench:
     def _check(self, configuration: Configuration) -> None:
         """See that the engine computes what ONNX Runtime computes, and at what perplexity."""
         workload = self._workload
-        with self._failures_of(configuration), self._loaded(configuration, batch=1) as process:
+        with self._failures_of(configuration), self._running(configuration, batch=1) as process:
             parity = self._parity(configuration, process)
             perplexity = None
             if workload.windows is not None:
@@ -283,7 +279,7 @@ class Bench:
         prompt = self._workload.prompt
         ids = list(itertools.islice(itertools.cycle(prompt), len(prompt) + DECODED_TOKENS))
         actual = process.logits(ids, timeout_s=self._timeout_s)
-        with self._loaded(reference, batch=1) as reference_process:
+        with self._running(reference, batch=1) as reference_process:
             expected = reference_process.logits(ids, timeout_s=self._timeout_s)
         return compare(
             *(np.concatenate(expected), *actual),
@@ -327,7 +323,7 @@ class Bench:
         if configuration.name in self._errors:
             return
         workload = self._workload
-        with self._failures_of(configuration), self._loaded(configuration, batch=workload.batch) as process:
+        with self._failures_of(configuration), self._running(configuration, batch=workload.batch) as process:
             prompts, new_tokens = workload.batched_prompts, workload.new_tokens
             samples = self._ask(process, do="generate", prompts=prompts, new_tokens=new_tokens)
             self._has_timed = True
@@ -352,45 +348,17 @@ class Bench:
     def _ask(self, process: EngineProcess, **request: Any) -> Any:
         return process.ask(timeout_s=self._timeout_s, **request)
 
-    @contextlib.contextmanager
-    def _loaded(self, configuration: Configuration, *, batch: int) -> Iterator[EngineProcess]:
-        """The configuration's process, loaded and warm; afterwards paused. Where memory is short, some end instead."""
+    def _running(self, configuration: Configuration, *, batch: int) -> contextlib.AbstractContextManager[EngineProcess]:
+        """The configuration's process, loaded and warm."""
         workload = self._workload
-        key = (configuration.name, batch)
-        process = self._idle.pop(key, None)
-        try:
-            if process is None:
-                process = EngineProcess(configuration.spec, workload.threads)
-                process.load(
-                    configuration.graph,
-                    threads=workload.threads,
-                    context=workload.context,
-                    prompts=workload.prompts,
-                    batch=batch,
-                    timeout_s=self._timeout_s,
-                )
-                prompts = workload.batched_prompts if batch > 1 else [workload.prompt]
-                self._ask(process, do="generate", prompts=prompts, new_tokens=_WARM_UP_TOKENS)
-            else:
-                process.resume()
-            yield process
-            process.measure_memory()
-        except BaseException:
-            if process is not None:
-                process.close()
-            raise
-        process.pause()
-        self._idle[key] = process
-        self._keep_what_fits()
-
-    def _keep_what_fits(self) -> None:
-        """End idle processes until the rest fit in memory, those first that are soon loaded again."""
-        for key in sorted(self._idle, key=lambda key: self._idle[key].load_ms or 0.0):
-            if sum(process.memory_bytes for process in self._idle.values()) <= self._budget_bytes:
-                return
-            self._idle.pop(key).close()
-
-    def _unload(self, bundle: Path) -> None:
-        """End the processes of a bundle whose rounds are over."""
-        for key in [key for key in self._idle if key[0].endswith(f" {bundle}")]:
-            self._idle.pop(key).close()
+        prompts = workload.batched_prompts if batch > 1 else [workload.prompt]
+        load = Load(
+            configuration.spec,
+            configuration.graph,
+            threads=workload.threads,
+            context=workload.context,
+            prompts=tuple(workload.prompts),
+            batch=batch,
+        )
+        warm_up = partial(self._ask, do="generate", prompts=prompts, new_tokens=_WARM_UP_TOKENS)
+        return self._processes.running(load, timeout_s=self._timeout_s, warm_up=warm_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import sys
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from owl_deploy.bench.end_to_end import EndToEnd
 from owl_deploy.bench.machine import available_cores, describe_machine
 from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
+from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.results import make_rows
 from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows
 from owl_deploy.checkpoints.load import load_tokenizer
@@ -69,12 +71,14 @@ def bench_bundles(
     out: Path,
     *,
     command: str | None = None,
+    processes: Processes | None = None,
     reporter: Reporter,
 ) -> tuple[list[Row], Path]:
     """Measure every engine on every bundle; the rows, and the path of the report.
 
     Args:
         command: the command line that the report names; None for this process's own.
+        processes: engines that are loaded already, and stay so for a later call; None ends them all.
 
     What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
     workloads stay in the report.
@@ -101,10 +105,14 @@ def bench_bundles(
             able = [item for item in configurations if workload.batch == 1 or item.spec.runs_batches]
             for name in [item.spec.name for item in configurations if item not in able]:
                 reporter.warn(f"{name} decodes one sequence at a time: no rows with batch {workload.batch}")
-            bench = Bench(
-                able, workload, log, max_load=request.max_load, timeout_s=request.timeout_s, reporter=reporter
-            )
-            bench.run()
+            with contextlib.nullcontext(processes) if processes else Processes() as loaded:
+                bench = Bench(
+                    *(able, workload, log, loaded),
+                    max_load=request.max_load,
+                    timeout_s=request.timeout_s,
+                    reporter=reporter,
+                )
+                bench.run()
             rows += make_rows(bench, workload, machine)
             report = write_report(merged([known, rows]), out, command=command)
     return rows, report

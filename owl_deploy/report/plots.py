@@ -49,23 +49,25 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 
 def plot_speedup(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG with speed-up over the same engine's dense model, and perplexity, by sparsity achieved.
+    """Write a PNG with speed-up, and with perplexity if it was measured, by sparsity achieved.
 
-    Each workload has its own pair of axes. Failed rows and missing figures are left out. Equal rows give equal bytes.
+    Speed-up is over the same engine's dense model; where an engine has none, all are drawn over the fastest dense fp32
+    engine instead. Each workload has its own axes. Failed rows and missing figures are left out. Equal rows give equal
+    bytes.
 
     Raises:
         UserError: `path` cannot be written.
     """
     workloads, drawn_as = by_workload(rows), styles(rows)
+    draw = [_draw_speedups, *([_draw_perplexities] if any(row.perplexity is not None for row in rows) else [])]
     figure = Figure(figsize=(11, 0.9 + 4.1 * len(workloads)), layout="constrained")
     parts = figure.subfigures(len(workloads), 1, squeeze=False)[:, 0]
     for (name, here), part in zip(workloads.items(), parts, strict=True):
-        speed_axes, perplexity_axes = part.subplots(1, 2)
+        every_axes = part.subplots(1, len(draw), squeeze=False)[0]
         part.suptitle(name or None, fontsize="medium", fontweight="bold")
         series = by_series(here)
-        _draw_speedups(speed_axes, series, drawn_as)
-        _draw_perplexities(perplexity_axes, series, drawn_as)
-        for axes in (speed_axes, perplexity_axes):
+        for draw_into, axes in zip(draw, every_axes, strict=True):
+            draw_into(axes, series, drawn_as)
             axes.set_xlim(-3, 103)
             axes.set_xticks(range(0, 101, 10))
             axes.set_xlabel("sparsity of the block linears (%)")
@@ -190,12 +192,16 @@ def _draw_speedups(axes: Axes, series: Sequence[Series], drawn_as: Mapping[str, 
         color="#444444",
         label=_PAPER_LABEL,
     )
-    for one in series:
-        rows, speedups = _finite(one, lambda row: row.speedup_same_engine)
+    sparse = [one for one in series if one.sparse]
+    own = all(one.dense for one in sparse)
+    for one in sparse:
+        rows, speedups = _finite(one, lambda row: row.speedup_same_engine if own else row.speedup_fastest_dense)
         axes.errorbar(
             _percentages(rows),
             speedups,
-            yerr=_error_bars(rows, speedups),
+            yerr=_error_bars(
+                [row.speedup_same_engine_spread if own else row.speedup_fastest_dense_spread for row in rows], speedups
+            ),
             color=COLOURS[drawn_as[one.name].colour],
             marker=MARKERS[drawn_as[one.name].marker],
             markersize=6,
@@ -203,7 +209,8 @@ def _draw_speedups(axes: Axes, series: Sequence[Series], drawn_as: Mapping[str, 
             label=one.name,
         )
     axes.set_ylim(bottom=0)
-    axes.set_title("decode speed-up over the same engine's dense model")
+    over = "same engine's dense model" if own else "fastest dense fp32 engine"
+    axes.set_title(f"decode speed-up over the {over}")
     axes.set_ylabel("times as fast (bars: 95% confidence)")
 
 
@@ -221,6 +228,7 @@ def _draw_perplexities(axes: Axes, series: Sequence[Series], drawn_as: Mapping[s
             marker=MARKERS[drawn_as[one.name].marker],
             markersize=5 + (5 * rest if len(series) <= _NESTED else 0),
             linewidth=1.5 + (3 * rest if len(series) <= _NESTED else 0),
+            label=one.name,
         )
     axes.set_title("perplexity, computed by each engine")
     axes.set_ylabel("perplexity (log scale)")
@@ -254,11 +262,9 @@ def _percentages(rows: Sequence[Row]) -> list[float]:
     return [100 * row.sparsity_achieved for row in rows]
 
 
-def _error_bars(rows: Sequence[Row], speedups: Sequence[float]) -> tuple[list[float], list[float]]:
+def _error_bars(spreads: Sequence[Spread | None], speedups: Sequence[float]) -> tuple[list[float], list[float]]:
     """Lengths below and above each speed-up; none where a row has no spread."""
-    bars = [
-        uncertainty(row.speedup_same_engine_spread) or (value, value) for row, value in zip(rows, speedups, strict=True)
-    ]
+    bars = [uncertainty(spread) or (value, value) for spread, value in zip(spreads, speedups, strict=True)]
     below = [max(0.0, value - low) for value, (low, _) in zip(speedups, bars, strict=True)]
     above = [max(0.0, high - value) for value, (_, high) in zip(speedups, bars, strict=True)]
     return below, above

@@ -32,8 +32,8 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
         command: the command line that measured the rows, or that put them together.
 
     Returns:
-        The path of `report.md`. Beside it: `report.html`, `results.jsonl`, `results.csv`, `speedup.png` and
-        `pareto.png`.
+        The path of `report.md`. Beside it: `report.html`, `results.jsonl`, `results.csv`, `speedup.png` and,
+        where perplexity was measured, `pareto.png`.
 
     Raises:
         UserError: there are no rows, or `out` cannot be written.
@@ -45,10 +45,15 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     write_text(out / RESULTS, "".join(f"{row.model_dump_json()}\n" for row in rows))
     write_csv(rows, out / CSV)
     plot_speedup(rows, out / PLOT)
-    plot_pareto(rows, out / PARETO_PLOT)
+    if _has_points(rows):
+        plot_pareto(rows, out / PARETO_PLOT)
     write_text(out / PAGE, page(rows, command=command, csv=CSV, results=RESULTS))
     write_text(out / REPORT, _markdown(rows, command))
     return out / REPORT
+
+
+def _has_points(rows: Sequence[Row]) -> bool:
+    return any(points_of(here) for here in by_workload(rows).values())
 
 
 def _markdown(rows: Sequence[Row], command: str) -> str:
@@ -63,7 +68,7 @@ def _markdown(rows: Sequence[Row], command: str) -> str:
         command=command,
         has_deepsparse=any(row.engine == "deepsparse" for row in rows),
         plot=PLOT,
-        pareto_plot=PARETO_PLOT,
+        pareto_plot=PARETO_PLOT if _has_points(rows) else None,
         page=PAGE,
         csv=CSV,
         results=RESULTS,
