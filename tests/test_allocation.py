@@ -122,7 +122,7 @@ def test_the_order_of_each_allocation() -> None:
     inverse = owl_inverse_sparsities(measured, 0.5, 0.1, weights)
     assert np.argsort(owl).tolist() == [1, 2, 0]
     assert np.argsort(inverse).tolist() == [0, 2, 1]
-    assert dlp_sparsities(measured, 0.5, 0.1, weights) == pytest.approx(owl)  # the same formula of another measure
+    assert dlp_sparsities(measured, 0.5, 0.1, weights) == pytest.approx(inverse)  # the same formula of another measure
     assert linear_sparsities(0.5, 0.1, weights) == pytest.approx([0.4, 0.5, 0.6])
 
 

@@ -19,15 +19,16 @@ def owl_inverse_sparsities(
 def dlp_sparsities(
     mean_scores: Sequence[float], sparsity: float, half_range: float, weights: Sequence[int]
 ) -> list[float]:
-    """DLP: a block's sparsity follows `1 - mean(A_b) / sum over blocks of mean(A)`.
+    """DLP (Chen et al. 2025, arXiv 2505.23807): blocks whose scores are larger on the mean are pruned more.
+
+    A block's importance is `1 - mean(A_b) / sum over blocks of mean(A)`, and takes the place of OWL's D; the sum drops
+    out of it.
 
     Args:
         mean_scores: the mean of the outlier scores A of each block.
         half_range: DLP's alpha; 0.15 is published.
     """
-    total = sum(mean_scores)
-    share = [score / total for score in mean_scores] if total > 0 else list(mean_scores)
-    return spread_by_importance(share, sparsity, half_range, weights)
+    return spread_by_importance([-score for score in mean_scores], sparsity, half_range, weights)
 
 
 def linear_sparsities(sparsity: float, half_range: float, weights: Sequence[int]) -> list[float]:
