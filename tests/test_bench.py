@@ -14,9 +14,11 @@ from owl_deploy.bench import measure
 from owl_deploy.bench.rows import Row, read_rows
 from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import UserError
+from owl_deploy.export.names import Flavor
+from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
 
-from .conftest import Ran, RunCli
+from .conftest import WORDS, Ran, RunCli
 
 REQUIRED = [
     "engine",
@@ -244,6 +246,22 @@ def test_from_text_to_text_is_longer_than_its_parts(tiny_with_tokenizer: Path, t
     (row,) = rows_of(ran)
     assert row["end_to_end_ms_p50"] > 0
     assert row["end_to_end_tokens_per_s"] == pytest.approx(1e3 * 8 / row["end_to_end_ms_p50"])
+
+
+def test_text_is_read_by_the_first_bundles_tokenizer_whatever_engine_comes_first(
+    tiny_with_tokenizer: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    bundles: dict[str, tuple[Flavor, ...]] = {"a": ("standard",), "b": ("standard", "torch")}
+    for name, flavors in bundles.items():
+        export_checkpoint(tiny_with_tokenizer, tmp_path / name, flavors)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 2))
+    ran = run_cli(
+        *("bench", tmp_path / "a", tmp_path / "b", "--engines", "torch,onnxruntime", "-o", tmp_path / "out", "--json"),
+        *(*WORKLOAD, "--repetitions", 1, "--text", text, "--seqlen", 48, "--windows", 2),
+    )
+    assert ran.code == 0, ran.stderr
+    assert [row["perplexity"] is not None for row in rows_of(ran)] == [True] * 3
 
 
 def test_text_to_text_needs_a_tokenizer(

@@ -91,7 +91,7 @@ def bench_bundles(
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines, request.dense_only)
-    workloads = _workloads(manifests, configurations[0].flavor, request)
+    workloads = _workloads(manifests, request)
     command = command or " ".join(["owl-deploy", *sys.argv[1:]])
     with locked(out):
         with disk_errors(out):
@@ -161,7 +161,7 @@ def _check_bundles(manifests: dict[Path, BundleManifest]) -> None:
         raise UserError("the bundles have different vocabularies; measure one model at a time")
 
 
-def _workloads(manifests: dict[Path, BundleManifest], flavor: Flavor, request: Request) -> list[Workload]:
+def _workloads(manifests: dict[Path, BundleManifest], request: Request) -> list[Workload]:
     """One for every prompt length and batch; text, windows and tokenizer are the first bundle's."""
     bundle, manifest = next(iter(manifests.items()))
     context, longest = manifest.context, max(request.prompts)
@@ -170,7 +170,7 @@ def _workloads(manifests: dict[Path, BundleManifest], flavor: Flavor, request: R
             f"--prompt {longest} and --new-tokens {request.new_tokens} (at least {DECODED_TOKENS}) exceed the "
             f"model's context of {context}"
         )
-    directory = bundle / flavor
+    directory = bundle / next(iter(manifest.flavors))
     tokenizer = load_tokenizer(ModelSource(str(directory), directory)) if manifest.has_tokenizer else None
     windows = _windows(manifest, tokenizer, request)
     if windows is None:
