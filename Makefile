@@ -40,8 +40,8 @@ TABLES ?= tables
 TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
 TASK_DATA ?=
 LIMIT ?=
-LEVELS ?= 0.1:0.9:0.1
-PEERS ?= onnxruntime
+LEVELS ?=
+PEERS ?=
 TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@ $(STUDY_TEXT)
 
 TINYLLAMA := tinyllama
@@ -74,7 +74,7 @@ table7: install  ## seconds for the pruning metric
 # MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
 table8: install engines  ## decode latency at 10% to 90% in DeepSparse, ONNX Runtime and our engine: 30 GB of disk
 	$(BIN)/python benchmarks/table8.py $(TABLES)/$(if $(filter demo,$(MODEL)),tinyllama-geometry,$(notdir $(MODEL)))/$@ \
-	  --sparsities $(LEVELS) --dense-engines $(PEERS) \
+	  $(if $(LEVELS),--sparsities $(LEVELS)) $(if $(PEERS),--dense-engines $(PEERS)) \
 	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(STUDY_TEXT) --text $(TEXT))
 
 # Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.

@@ -188,12 +188,12 @@ class Table8:
 
         Meanwhile few engines stay loaded: DeepSparse's dense model, which takes minutes to compile, and none besides.
         """
-        self._processes.keep(_KEPT_BYTES)
         bundle = self._directory(plan.sparsity) / "bundle"
         if (bundle / MANIFEST).is_file():
             made = read_bundle(bundle)
             if all(spec.flavors[0] in (*made.flavors, *made.unsupported) for spec in engines):
                 return
+        self._processes.keep(_KEPT_BYTES)
         source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
         texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
         level = Level(source, self._work, plan, texts, tuple(engines))

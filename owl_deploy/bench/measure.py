@@ -67,9 +67,9 @@ class Workload:
         return max(len(self.prompt) + max(self.new_tokens, DECODED_TOKENS), longest)
 
     @property
-    def prompts(self) -> list[int]:
+    def prompts(self) -> tuple[int, ...]:
         """Lengths that are prefilled."""
-        return sorted({len(self.prompt)} | ({self.windows.shape[1]} if self.windows is not None else set()))
+        return tuple(sorted({len(self.prompt)} | ({self.windows.shape[1]} if self.windows is not None else set())))
 
     @property
     def batched_prompts(self) -> list[list[int]]:
@@ -357,7 +357,7 @@ class Bench:
             configuration.graph,
             threads=workload.threads,
             context=workload.context,
-            prompts=tuple(workload.prompts),
+            prompts=workload.prompts,
             batch=batch,
         )
         warm_up = partial(self._ask, do="generate", prompts=prompts, new_tokens=_WARM_UP_TOKENS)

@@ -60,7 +60,7 @@ class Processes:
                     load.model,
                     threads=load.threads,
                     context=load.context,
-                    prompts=list(load.prompts),
+                    prompts=load.prompts,
                     batch=load.batch,
                     timeout_s=timeout_s,
                 )

@@ -75,7 +75,7 @@ class EngineProcess:
         *,
         threads: int,
         context: int,
-        prompts: list[int],
+        prompts: Sequence[int],
         batch: int = 1,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:

@@ -194,14 +194,13 @@ def _draw_speedups(axes: Axes, series: Sequence[Series], drawn_as: Mapping[str, 
     )
     sparse = [one for one in series if one.sparse]
     own = all(one.dense for one in sparse)
+    speedup = "speedup_same_engine" if own else "speedup_fastest_dense"
     for one in sparse:
-        rows, speedups = _finite(one, lambda row: row.speedup_same_engine if own else row.speedup_fastest_dense)
+        rows, speedups = _finite(one, lambda row: getattr(row, speedup))
         axes.errorbar(
             _percentages(rows),
             speedups,
-            yerr=_error_bars(
-                [row.speedup_same_engine_spread if own else row.speedup_fastest_dense_spread for row in rows], speedups
-            ),
+            yerr=_error_bars([row.spread_of(speedup) for row in rows], speedups),
             color=COLOURS[drawn_as[one.name].colour],
             marker=MARKERS[drawn_as[one.name].marker],
             markersize=6,

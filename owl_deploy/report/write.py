@@ -45,30 +45,31 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     write_text(out / RESULTS, "".join(f"{row.model_dump_json()}\n" for row in rows))
     write_csv(rows, out / CSV)
     plot_speedup(rows, out / PLOT)
-    if _has_points(rows):
+    fronts = _fronts(rows)
+    if fronts:
         plot_pareto(rows, out / PARETO_PLOT)
     write_text(out / PAGE, page(rows, command=command, csv=CSV, results=RESULTS))
-    write_text(out / REPORT, _markdown(rows, command))
+    write_text(out / REPORT, _markdown(rows, fronts, command))
     return out / REPORT
 
 
-def _has_points(rows: Sequence[Row]) -> bool:
-    return any(points_of(here) for here in by_workload(rows).values())
+def _fronts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Each workload's name and Pareto front in words, where both its axes were measured."""
+    fronts = [(name, front_text(points_of(here))) for name, here in by_workload(rows).items()]
+    return [(name, front) for name, front in fronts if front]
 
 
-def _markdown(rows: Sequence[Row], command: str) -> str:
-    workloads = by_workload(rows)
-    fronts = [(name, front_text(points_of(here))) for name, here in workloads.items()]
+def _markdown(rows: Sequence[Row], fronts: Sequence[tuple[str, str]], command: str) -> str:
     return template("report.md.j2", escaped=escaped).render(
         model=model_names(rows),
-        parts=[(name, findings(here), markdown_table(here)) for name, here in workloads.items()],
-        fronts=[(name, front) for name, front in fronts if front],
+        parts=[(name, findings(here), markdown_table(here)) for name, here in by_workload(rows).items()],
+        fronts=fronts,
         method=method(rows),
         conditions=conditions(rows),
         command=command,
         has_deepsparse=any(row.engine == "deepsparse" for row in rows),
         plot=PLOT,
-        pareto_plot=PARETO_PLOT if _has_points(rows) else None,
+        pareto_plot=PARETO_PLOT,
         page=PAGE,
         csv=CSV,
         results=RESULTS,
