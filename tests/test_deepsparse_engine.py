@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,15 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from owl_deploy.engines.deepsparse_engine import DeepSparseEngine
 from owl_deploy.engines.static_graphs import StaticGraphs
@@ -138,3 +147,44 @@ def test_a_static_graph_has_no_free_dimension_and_shares_the_data(tmp_path: Path
     assert "attention_mask" not in shapes
     onnx.shape_inference.infer_shapes(model, strict_mode=True)
     assert (folder / "model.onnx.data").resolve() == tmp_path / "model.onnx.data"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LlamaConfig(**SIZES, num_key_value_heads=2), id="llama"),
+        pytest.param(LlamaConfig(**SIZES, num_key_value_heads=4), id="one-query-to-a-head"),
+        pytest.param(Qwen2Config(**SIZES, num_key_value_heads=2), id="biases"),
+        pytest.param(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32), id="normalised-heads"),
+        pytest.param(SmolLM3Config(**SIZES, num_key_value_heads=2, no_rope_layers=[1, 0]), id="a-block-without-rotary"),
+    ],
+)
+def test_the_graph_of_one_token_is_simpler_and_computes_the_same(config: PretrainedConfig, tmp_path: Path) -> None:
+    config.pad_token_id = None
+    path = export(config, tmp_path)
+    total = 64
+    graphs = StaticGraphs(path, total)
+    variants = []
+    for new in (1, 2):
+        (tmp_path / str(new)).mkdir()
+        variants.append(graphs.write(tmp_path / str(new), new))
+    nodes = [onnx.load(variant, load_external_data=False).graph.node for variant in variants]
+    assert len(nodes[0]) < len(nodes[1]) - 10
+    assert not any(list(node.input)[1:] == ["half_turn"] for node in nodes[0] if node.op_type == "MatMul")
+    data = variants[0].with_name("model.onnx.data")
+    data.unlink()  # ONNX Runtime follows no link
+    shutil.copy(tmp_path / data.name, data)
+    session = onnxruntime.InferenceSession(variants[0], providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 12)
+    states = dict.fromkeys(graphs.past, np.zeros(graphs.cache_shape(total), np.float32))
+    found = []
+    for position, token in enumerate(ids):
+        bias = np.where(np.arange(total) >= total - position - 1, 0, np.finfo(np.float32).min).astype(np.float32)
+        feed = {"input_ids": [[token]], "position_ids": [[position]]} | {
+            name: state[:, :, 1:] for name, state in states.items()
+        }
+        feed["attention_bias"] = np.tile(bias, (1, 1, graphs.query_groups or 0, 1))
+        outputs = dict(zip(graphs.outputs, session.run(graphs.outputs, feed), strict=True))
+        states = dict(zip(graphs.past, (outputs[name] for name in graphs.present), strict=True))
+        found.append(outputs["logits"][0, 0])
+    assert np.abs(np.array(found) - onnxruntime_logits(path, ids)).max() < 1e-4

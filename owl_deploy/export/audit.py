@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.errors import CheckFailed
 from owl_deploy.export.tensors import external_array
+from owl_deploy.threads import in_order
 
 _HASH_SEED = 0
 _HASHED_ROWS = 48  # enough to tell columns apart; what matches is then compared in full
@@ -48,7 +49,7 @@ def audit_graph(graph: Path, linears: Mapping[str, NDArray[np.float32]]) -> list
         CheckFailed: some weight is not in the graph as it is in the checkpoint.
     """
     tensors = [_Initializer(name, values) for name, values in _matrices(graph)]
-    found = [_find(name, weight, tensors) for name, weight in linears.items()]
+    found = list(in_order(lambda linear: _find(*linear, tensors), linears.items()))
     missing = [name for name, place in zip(linears, found, strict=True) if place is None]
     if missing:
         named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -92,8 +93,10 @@ def export_checkpoint(
     ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
     pruned = read_manifest(checkpoint)
     place = staged_directory(out, manifest=MANIFEST) if made is None else staged_addition(out)
-    with place as staging, _readable_by_exporters(checkpoint) as directory:
+    # Files are hashed beside the work on the next flavor.
+    with place as staging, _readable_by_exporters(checkpoint) as directory, ThreadPoolExecutor(1) as beside:
         records: dict[Flavor, FlavorRecord] = {}
+        hashed: dict[Flavor, Future[list[FileRecord]]] = {}
         unsupported: dict[Flavor, str] = {}
         dense = _DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
         if made is not None and "genai" in made.flavors:
@@ -102,6 +105,7 @@ def export_checkpoint(
             reporter.step(f"exporting {flavor}")
             try:
                 records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, dense, head)
+                hashed[flavor] = beside.submit(_file_records, staging / flavor)
                 if flavor == "genai":
                     dense.use(staging / flavor, records[flavor].audit)
             except UnsupportedFamily as error:
@@ -111,6 +115,9 @@ def export_checkpoint(
                 unsupported[flavor] = str(error)
                 shutil.rmtree(staging / flavor)
         dense.remove()
+        records = {
+            flavor: record.model_copy(update={"files": hashed[flavor].result()}) for flavor, record in records.items()
+        }
         if made is not None:
             manifest = made.model_copy(
                 update={"flavors": made.flavors | records, "unsupported": made.unsupported | unsupported}
@@ -155,6 +162,7 @@ def _export(
     dense: _DenseGraph,
     head: Head | None,
 ) -> FlavorRecord:
+    """Make and check a flavor in `out`; its record, without the files."""
     out.mkdir()
     weights = weights_of(flavor)
     packed: PackedRecord | None = None
@@ -172,12 +180,15 @@ def _export(
             parity = check_parity(out / GRAPH, model, ids, SparseEngine)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    files = [
-        FileRecord(path=str(file.relative_to(out.parent)), bytes=file.stat().st_size, sha256=sha256(file))
-        for file in sorted(out.rglob("*"))
+    return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=[], packed=packed)
+
+
+def _file_records(flavor: Path) -> list[FileRecord]:
+    return [
+        FileRecord(path=str(file.relative_to(flavor.parent)), bytes=file.stat().st_size, sha256=sha256(file))
+        for file in sorted(flavor.rglob("*"))
         if file.is_file()
     ]
-    return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=files, packed=packed)
 
 
 class _DenseGraph:

@@ -14,6 +14,7 @@ from owl_deploy.export.tensors import external_array
 from owl_deploy.sparse.graph import MatrixRecord
 from owl_deploy.sparse.library import unpack
 from owl_deploy.sparse.selection import Stored
+from owl_deploy.threads import in_order
 
 # The largest error of a stored weight, as a part of the largest of its row; packed32's is a part of the weight itself.
 _ROW_ERROR: dict[Stored, float] = {"packed16": 1.001 / 1023, "int8": 0.501 / 127, "dense8": 0.501 / 127}
@@ -26,10 +27,12 @@ def stored_parts(graph: Path, records: Sequence[MatrixRecord]) -> Iterator[tuple
     """Each packed part of the dense graph: its name there, its format, and its weights [out, in] as stored."""
     model = onnx.load(str(graph), load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for record in records:
-        if record.format == "fp32":
-            continue
-        weights, _ = unpack(external_array(graph, tensors[record.name]))
+    packed = [record for record in records if record.format != "fp32"]
+
+    def unpacked(record: MatrixRecord) -> NDArray[np.float32]:
+        return unpack(external_array(graph, tensors[record.name]))[0]
+
+    for record, weights in zip(packed, in_order(unpacked, packed), strict=True):
         rows = record.rows // len(record.parts)
         for number, part in enumerate(record.parts):
             yield part, record.format, weights[number * rows : (number + 1) * rows]

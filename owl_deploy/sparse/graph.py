@@ -8,9 +8,7 @@ a mapped file and nothing is transposed when the model is loaded.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,12 +24,12 @@ from owl_deploy.export.tensors import ExternalData, external_array
 from owl_deploy.pruning.manifest import Record
 from owl_deploy.sparse.library import pack
 from owl_deploy.sparse.selection import Stored, choose
+from owl_deploy.threads import in_order
 
 HEAD = "lm_head.MatMul.weight"  # what onnxruntime-genai's builder calls it
 _INLINE_BYTES = 1 << 12
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 class MatrixRecord(Record):
@@ -90,7 +88,7 @@ def write_sparse(
         return _pack(product, matrix, weights, head)
 
     with ExternalData(out.with_name(f"{out.name}.data")) as data:
-        for product, (record, stored) in zip(products, _in_order(packed, products), strict=True):
+        for product, (record, stored) in zip(products, in_order(packed, products), strict=True):
             records.append(record)
             if stored is None:
                 continue
@@ -240,14 +238,3 @@ def _untied(
                 node.input[place] = shared
         kept.append(node)
     return kept, shared
-
-
-def _in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """`make` of every item, in order, on all cores; few results wait to be taken."""
-    workers = os.cpu_count() or 1
-    rest = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[Made]] = [pool.submit(make, item) for item in islice(rest, workers + 1)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(pool.submit(make, item) for item in islice(rest, 1))

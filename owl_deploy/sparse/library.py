@@ -18,7 +18,7 @@ from owl_deploy.errors import UserError
 FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4}
 
 _PATH = Path(__file__).with_name("libowl_sparse.so")
-_ABI = 1  # kOwlAbi in library.h
+_ABI = 2  # kOwlAbi in library.h
 _ALIGNMENT = 64
 _PAIRED, _ROWS = 7, 8  # offsets in the header; the columns follow the rows
 
@@ -51,9 +51,9 @@ def pack(weights: NDArray[np.float32], format: str, paired: bool = False) -> NDA
     library = _library()
     dense = np.ascontiguousarray(weights, np.float32)
     arguments = (dense.ctypes.data, *dense.shape, FORMATS[format], paired)
-    size = _checked(library.owl_pack(*arguments, None, 0))
-    packed = _aligned_empty(size)
-    written = _checked(library.owl_pack(*arguments, packed.ctypes.data, size))
+    most = _checked(library.owl_pack(*arguments, None, 0))
+    packed = _aligned_empty(most)  # what is not written to takes no memory
+    written = _checked(library.owl_pack(*arguments, packed.ctypes.data, most))
     return packed[:written]
 
 

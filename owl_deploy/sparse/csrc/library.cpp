@@ -85,11 +85,14 @@ std::int64_t owl_pack(const float* weights, std::int64_t rows, std::int64_t colu
   const auto as = static_cast<owl::Format>(format);
   const auto r = static_cast<std::uint64_t>(rows), c = static_cast<std::uint64_t>(columns);
   const char* problem = nullptr;
-  const auto bytes = static_cast<std::int64_t>(owl::packed_bytes(weights, r, c, as, paired != 0, problem));
+  const auto most = static_cast<std::int64_t>(owl::most_bytes(r, c, as, paired != 0, problem));
   if (problem != nullptr) return fail(problem);
-  if (out == nullptr) return bytes;
+  if (out == nullptr) return most;
+  const owl::Layout layout = owl::layout_of(weights, r, c, as, paired != 0, problem);
+  if (problem != nullptr) return fail(problem);
+  const auto bytes = static_cast<std::int64_t>(layout.header.bytes);
   if (capacity < bytes) return fail("no room for the packed matrix");
-  owl::pack(weights, r, c, as, paired != 0, out);
+  owl::pack(weights, layout, out);
   return bytes;
 }
 

@@ -12,15 +12,15 @@
 #endif
 
 // Raised whenever a function here changes.
-inline constexpr int kOwlAbi = 1;
+inline constexpr int kOwlAbi = 2;
 
 OWL_EXPORT int owl_abi();
 
 // Comma-separated, best first: the instruction sets with kernels that this CPU can run.
 OWL_EXPORT const char* owl_instruction_sets();
 
-// Pack fp32 weights [rows, columns], row-major. With `out` null, returns the bytes needed; otherwise writes them to
-// `out` (aligned to 64, of `capacity` bytes) and returns their number. -1: see owl_error().
+// Pack fp32 weights [rows, columns], row-major. With `out` null, returns the most bytes that a matrix of this shape can
+// take; otherwise writes to `out` (aligned to 64, of `capacity` bytes) and returns how many. -1: see owl_error().
 OWL_EXPORT std::int64_t owl_pack(const float* weights, std::int64_t rows, std::int64_t columns, int format, int paired,
                                  std::uint8_t* out, std::int64_t capacity);
 

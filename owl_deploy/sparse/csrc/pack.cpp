@@ -209,25 +209,28 @@ void write_int8_unit(const Slice& slice, const Header& h, const float* scales, s
   }
 }
 
-// The header with all its offsets, and the offset of each unit.
-Header plan(const float* weights, std::uint32_t rows, std::uint32_t columns, Format format, bool paired,
-            std::vector<std::uint64_t>& units) {
+// The header with the offsets of all that comes before the units, and in `bytes` where these begin.
+Header make_sections(std::uint32_t rows, std::uint32_t columns, Format format, bool paired) {
   Header h = make_header(rows, columns, format, paired);
-  const std::uint64_t count = std::uint64_t{h.slices} * h.panels;
-  std::uint64_t end = round_up<std::uint64_t>(sizeof(Header) + (count + 1) * sizeof(std::uint64_t), kAlignment);
+  const std::uint64_t offsets = std::uint64_t{h.slices} * h.panels + 1;
+  std::uint64_t end = round_up<std::uint64_t>(sizeof(Header) + offsets * sizeof(std::uint64_t), kAlignment);
   const std::uint64_t per_row = round_up<std::uint64_t>(std::uint64_t{rows} * sizeof(float), kAlignment);
   if (format != Format::packed32) h.scales = std::exchange(end, end + per_row);
   if (!is_packed(format)) h.sums = std::exchange(end, end + per_row);
-  for (std::uint32_t s = 0; s < h.slices; ++s) {
-    Slice slice(weights, h, s);
-    for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
-      units.push_back(end);
-      end += is_packed(format) ? packed_unit_bytes(slice, h, panel) : int8_unit_bytes(slice, h);
-    }
-  }
-  units.push_back(end);
-  h.bytes = end + kOverread;
+  h.bytes = end;
   return h;
+}
+
+// Bytes of a unit without a single zero.
+std::uint64_t most_unit_bytes(const Header& h, std::uint32_t slice, std::uint32_t panel) {
+  const std::uint64_t blocks = blocks_of(h, panel), rows = rows_of(h, slice);
+  if (!is_packed(h.format)) {
+    const std::uint64_t stored = stored_rows(rows_of(h, slice)) * blocks;
+    return round_up<std::uint64_t>(stored * (sizeof(std::uint64_t) + kMaskColumns), kAlignment);
+  }
+  const std::uint32_t groups = groups_of(static_cast<std::uint32_t>(rows));
+  const std::uint64_t words = blocks * kBlockColumns * groups * kLanes;
+  return round_up<std::uint64_t>(words_offset(groups, blocks_of(h, panel)) + words * word_bytes(h.format), kAlignment);
 }
 
 template <class Word>
@@ -290,45 +293,61 @@ void unpack_int8(const Packed& packed, std::uint32_t slice, float* weights, std:
 
 }  // namespace
 
-std::uint64_t packed_bytes(const float* weights, std::uint64_t rows, std::uint64_t columns, Format format, bool paired,
-                           const char*& problem) {
+std::uint64_t most_bytes(std::uint64_t rows, std::uint64_t columns, Format format, bool paired, const char*& problem) {
   problem = nullptr;
   if (rows == 0 || columns == 0 || rows > kMaxSize || columns > kMaxSize) problem = "a side is 0 or over 2^24";
   if (paired && rows % 2 != 0) problem = "an odd number of rows cannot be paired";
   if (problem != nullptr) return 0;
-  for (std::uint64_t i = 0; i < rows * columns; ++i) {
-    if (!std::isfinite(weights[i])) {
-      problem = "a weight is infinite or not a number";
-      return 0;
-    }
+  const Header h = make_sections(static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired);
+  std::uint64_t bytes = h.bytes + kOverread;
+  for (std::uint32_t s = 0; s < h.slices; ++s) {
+    for (std::uint32_t panel = 0; panel < h.panels; ++panel) bytes += most_unit_bytes(h, s, panel);
   }
-  std::vector<std::uint64_t> units;
-  return plan(weights, static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired, units)
-      .bytes;
+  return bytes;
 }
 
-void pack(const float* weights, std::uint64_t rows, std::uint64_t columns, Format format, bool paired,
-          std::uint8_t* out) {
-  std::vector<std::uint64_t> units;
-  Header h =
-      plan(weights, static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired, units);
+Layout layout_of(const float* weights, std::uint64_t rows, std::uint64_t columns, Format format, bool paired,
+                 const char*& problem) {
+  problem = nullptr;
+  Layout layout{make_sections(static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired),
+                {}};
+  Header& h = layout.header;
+  for (std::uint64_t i = 0; i < rows * columns; ++i) {
+    if (!std::isfinite(weights[i])) problem = "a weight is infinite or not a number";
+    h.nonzeros += weights[i] != 0;
+  }
+  if (problem != nullptr) return layout;
+  std::uint64_t end = h.bytes;
+  for (std::uint32_t s = 0; s < h.slices; ++s) {
+    Slice slice(weights, h, s);
+    for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
+      layout.units.push_back(end);
+      end += is_packed(format) ? packed_unit_bytes(slice, h, panel) : int8_unit_bytes(slice, h);
+    }
+  }
+  layout.units.push_back(end);
+  h.bytes = end + kOverread;
+  return layout;
+}
+
+void pack(const float* weights, const Layout& layout, std::uint8_t* out) {
+  const auto& [h, units] = layout;
   std::memset(out, 0, h.bytes);
-  std::memcpy(out + sizeof(Header), units.data(), units.size() * sizeof(std::uint64_t));
-  for (std::uint64_t i = 0; i < rows * columns; ++i) h.nonzeros += weights[i] != 0;
   std::memcpy(out, &h, sizeof(h));
+  std::memcpy(out + sizeof(Header), units.data(), units.size() * sizeof(std::uint64_t));
   auto* scales = h.scales == 0 ? nullptr : reinterpret_cast<float*>(out + h.scales);
   auto* sums = h.sums == 0 ? nullptr : reinterpret_cast<std::int32_t*>(out + h.sums);
   for (std::uint32_t s = 0; s < h.slices; ++s) {
     Slice slice(weights, h, s);
     const std::uint64_t first = std::uint64_t{s} * h.slice_rows;
     for (std::uint32_t i = 0; scales != nullptr && i < slice.rows(); ++i) {
-      scales[first + i] = row_scale(slice.row(i), columns, is_packed(format) ? kLevels16 : kLevels8);
+      scales[first + i] = row_scale(slice.row(i), h.columns, is_packed(h.format) ? kLevels16 : kLevels8);
     }
     for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
       std::uint8_t* unit = out + units[std::uint64_t{s} * h.panels + panel];
-      if (format == Format::packed32) write_packed_unit<std::uint32_t>(slice, h, panel, nullptr, unit);
-      if (format == Format::packed16) write_packed_unit<std::uint16_t>(slice, h, panel, scales + first, unit);
-      if (!is_packed(format)) write_int8_unit(slice, h, scales + first, sums + first, unit);
+      if (h.format == Format::packed32) write_packed_unit<std::uint32_t>(slice, h, panel, nullptr, unit);
+      if (h.format == Format::packed16) write_packed_unit<std::uint16_t>(slice, h, panel, scales + first, unit);
+      if (!is_packed(h.format)) write_int8_unit(slice, h, scales + first, sums + first, unit);
     }
   }
 }

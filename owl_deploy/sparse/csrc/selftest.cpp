@@ -173,10 +173,13 @@ Matrix random_matrix(Random& random) {
 
 Array<std::uint8_t> packed(const Matrix& m) {
   const char* problem = nullptr;
-  const std::uint64_t bytes = packed_bytes(m.weights.data(), m.rows, m.columns, m.format, m.paired, problem);
+  const std::uint64_t most = most_bytes(m.rows, m.columns, m.format, m.paired, problem);
   if (problem != nullptr) fail("refused to pack: %s", problem);
-  Array<std::uint8_t> out(bytes);
-  pack(m.weights.data(), m.rows, m.columns, m.format, m.paired, out.data());
+  const Layout layout = layout_of(m.weights.data(), m.rows, m.columns, m.format, m.paired, problem);
+  if (problem != nullptr) fail("refused to pack: %s", problem);
+  if (layout.header.bytes > most) fail("takes more bytes than a matrix of its shape can");
+  Array<std::uint8_t> out(layout.header.bytes);
+  pack(m.weights.data(), layout, out.data());
   return out;
 }
 
@@ -465,7 +468,8 @@ void check_any_weights(Random& random, std::int64_t rounds) {
 void check_refused_weights(Random& random, std::int64_t rounds) {
   const auto refuses = [](const Matrix& m, std::uint64_t rows, std::uint64_t columns, bool paired, const char* why) {
     const char* problem = nullptr;
-    packed_bytes(m.weights.data(), rows, columns, m.format, paired, problem);
+    most_bytes(rows, columns, m.format, paired, problem);
+    if (problem == nullptr) layout_of(m.weights.data(), rows, columns, m.format, paired, problem);
     if (problem == nullptr || std::strstr(problem, why) == nullptr) {
       fail("%s: %s", why, problem == nullptr ? "not refused" : problem);
     }
