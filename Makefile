@@ -9,6 +9,8 @@ PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 # Engines that need an environment of their own get it inside the checkout.
 export OWL_DEPLOY_ENGINES := $(CURDIR)/.venvs
 export TOKENIZERS_PARALLELISM := false
+# With it, and nothing compiled by pip, every process would compile torch and transformers anew: 13 s a start, not 4.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifdef QUICK
 DEMO_SCALE := --sparsities 0,0.5,0.7 --samples 4 --prompt 64 --new-tokens 32 --repetitions 3 --windows 8

@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
+import os
 import resource
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -197,7 +199,8 @@ class Table8:
         source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
         texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
         level = Level(source, self._work, plan, texts, tuple(engines))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawned, initializer=_end_with_parent) as pool:
             pool.submit(_make_level, level).result()
 
     def _measure(self, directory: Path) -> Path:
@@ -236,6 +239,18 @@ class Table8:
             writer.writerow([level, name, f"{seconds:.1f}", f"{cpu_seconds:.1f}"])
         self._reporter.step(f"{level}: {name} took {seconds:.0f} s, {cpu_seconds:.0f} CPU-seconds")
         return result
+
+
+def _end_with_parent() -> None:
+    """Do not work on for a run that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_level(level: Level) -> None:

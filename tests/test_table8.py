@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from owl_deploy.bench.rows import Row, read_rows
@@ -17,6 +20,17 @@ from owl_deploy.sparse.library import library_path
 
 from .conftest import TESTS
 
+KILLED = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from table8 import _end_with_parent
+
+if __name__ == "__main__":
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=_end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
 GEOMETRY = [
     "--blocks",
     "2",
@@ -104,3 +118,14 @@ def test_levels_join_those_that_are_there(table8: Table8, tmp_path: Path) -> Non
     assert "holds Table 8 of another model" in other.stderr
     inputs = json.loads((out / "inputs.json").read_text())
     assert inputs["model"]["num_hidden_layers"] == 2
+
+
+def test_what_makes_a_level_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    variables = {**os.environ, "PYTHONPATH": str(TESTS.parent / "benchmarks")}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=variables) as run:
+        assert run.stdout is not None
+        maker = psutil.Process(int(run.stdout.readline()))
+        run.kill()
+        assert psutil.wait_procs([maker], timeout=30)[1] == []

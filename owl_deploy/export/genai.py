@@ -60,7 +60,7 @@ def silence() -> Iterator[None]:
     disabled = logging.root.manager.disable
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.INFO)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
