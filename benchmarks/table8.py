@@ -104,9 +104,10 @@ class Table8:
         self._engines = installed_engines(arguments.engines)
         # ONNX Runtime's dense graph is what all else is measured against; there is nothing in packing dense weights.
         dense = [spec for spec in self._engines if weights_of(spec.flavors[0]) is None]
+        self._dense_engines = list(dict.fromkeys([*dense, engine_spec("onnxruntime")]))
         peers = installed_engines(arguments.dense_engines)
+        self._peers = [spec for spec in peers if spec not in self._dense_engines]
         self._processes = Processes()
-        self._dense_engines = list(dict.fromkeys([*dense, engine_spec("onnxruntime"), *peers]))
 
     def run(self) -> Path:
         """Measure the levels that are missing; the path of the report."""
@@ -120,8 +121,10 @@ class Table8:
         self._reporter.step(f"{len(self._sparsities) - len(missing)} of {len(self._sparsities)} levels are there")
         if missing:
             self._step("dense", "checkpoint", self._make_dense)
-            for spec in self._dense_engines:  # one by one: memory holds what one exporter takes, not what all leave
-                self._step("dense", f"export for {spec.name}", lambda spec=spec: self._make(PruningPlan(0.0), [spec]))
+            # Peers one by one: memory holds what one of their exporters takes, not what all of them leave.
+            for specs in (self._dense_engines, *([peer] for peer in self._peers)):
+                names = ", ".join(spec.name for spec in specs)
+                self._step("dense", f"export for {names}", lambda specs=specs: self._make(PruningPlan(0.0), specs))
         for sparsity in missing:
             directory = self._directory(sparsity)
             plan = PruningPlan(sparsity, **(REAL if self._arguments.model else RANDOM))
@@ -205,6 +208,7 @@ class Table8:
 
     def _measure(self, directory: Path) -> Path:
         asked = self._arguments
+        engines = list(dict.fromkeys([*self._engines, *self._dense_engines, *self._peers]))
         request = Request(
             prompts=(asked.prompt,),
             batches=(1,),
@@ -215,10 +219,9 @@ class Table8:
             seqlen=None,
             windows=asked.windows,
             max_load=asked.max_load,
-            dense_only=tuple(spec for spec in self._dense_engines if spec not in self._engines),
+            dense_only=tuple(spec for spec in engines if spec not in self._engines),
         )
         bundles = [self._directory(0) / "bundle", directory / "bundle"]
-        engines = list(dict.fromkeys([*self._engines, *self._dense_engines]))
         command = shlex.join(["python", *sys.argv])
         _, report = bench_bundles(
             bundles, engines, request, self._out, command=command, processes=self._processes, reporter=self._reporter

