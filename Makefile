@@ -74,7 +74,7 @@ table7: install  ## seconds for the pruning metric
 	$(call TABLE,efficiency) --sparsities 0.7
 
 # MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
-table8: install engines  ## decode latency at 10% to 90% in DeepSparse, ONNX Runtime and our engine: 30 GB of disk
+table8: install engines  ## decode latency at 10% to 90% in DeepSparse and our engine: 30 GB of disk
 	$(BIN)/python benchmarks/table8.py $(TABLES)/$(if $(filter demo,$(MODEL)),tinyllama-geometry,$(notdir $(MODEL)))/$@ \
 	  $(if $(LEVELS),--sparsities $(LEVELS)) $(if $(PEERS),--dense-engines $(PEERS)) \
 	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(STUDY_TEXT) --text $(TEXT))
@@ -104,7 +104,7 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 	$(BIN)/python benchmarks/kernels.py kernels
 
 test: install  ## lint, types, and every test
-	$(MAKE) --no-print-directory --jobs 2 engines other-tools cross browser lint
+	$(MAKE) --no-print-directory --jobs 2 engines peers other-tools cross browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-peers: install peers  ## llama.cpp too, which is compiled first: many minutes
@@ -120,8 +120,7 @@ install: $(VENV)/.ready
 engines: install
 	-$(BIN)/owl-deploy engines install deepsparse
 
-# Engines to compare with. OpenVINO's environment holds a torch of its own, for the conversion: 1.3 GB, and over a minute
-# of CPU time to install, so `make test` does without; its tests run where it is.
+# Engines to compare with, in under two minutes; llama.cpp, which is compiled for longer, has `make test-peers`.
 peers: install
 	-$(BIN)/owl-deploy engines install openvino
 

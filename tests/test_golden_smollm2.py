@@ -20,15 +20,15 @@ def official(reference: Path) -> dict[str, Any]:
     return found
 
 
-def prune(run_cli: RunCli, dense: Path, reference: Path, out: Path, *options: str) -> dict[str, Any]:
-    texts = ["--calibration", reference / "smollm2_calib_ids.npy", "--evaluate", reference / "smollm2_eval_ids.npy"]
-    ran = run_cli("prune", dense, "-o", out, *options, *texts, "--json", "--quiet")
+def prune(run_cli: RunCli, dense: Path, reference: Path, out: Path, *options: Any) -> dict[str, Any]:
+    calibration = ["--calibration", reference / "smollm2_calib_ids.npy"]
+    ran = run_cli("prune", dense, "-o", out, *options, *calibration, "--json", "--quiet")
     assert ran.code == 0, ran.stderr
     manifest: dict[str, Any] = json.loads(ran.stdout)
     return manifest
 
 
-def check(manifest: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_sparsities(manifest: dict[str, Any], expected: dict[str, Any]) -> None:
     # Not the hash of the masks: another CPU rounds otherwise, and near ties fall the other way.
     achieved = {
         f"{index}.{linear['name']}": linear["sparsity_achieved"]
@@ -37,16 +37,17 @@ def check(manifest: dict[str, Any], expected: dict[str, Any]) -> None:
     }
     assert achieved == pytest.approx(expected["per_module_sparsity"], abs=1e-5)
     assert manifest["sparsity_achieved"] == pytest.approx(expected["global_sparsity"], abs=1e-5)
-    assert manifest["perplexity"]["after"] == pytest.approx(expected["ppl"], rel=0.005)
 
 
 def test_dense_and_wanda_at_50_percent(
     run_cli: RunCli, smollm2_dense: Path, reference: Path, official: dict[str, Any], tmp_path: Path
 ) -> None:
-    options = ["--sparsity", "0.5", "--allocation", "uniform"]
+    options = ["--sparsity", "0.5", "--allocation", "uniform", "--evaluate", reference / "smollm2_eval_ids.npy"]
     manifest = prune(run_cli, smollm2_dense, reference, tmp_path / "out", *options)
+    expected = official["results"]["wanda_uniform_0.5"]
+    check_sparsities(manifest, expected)
     assert manifest["perplexity"]["before"] == pytest.approx(official["results"]["dense"]["ppl"], rel=0.005)
-    check(manifest, official["results"]["wanda_uniform_0.5"])
+    assert manifest["perplexity"]["after"] == pytest.approx(expected["ppl"], rel=0.005)
 
 
 def test_owl_with_wanda_at_70_percent(
@@ -58,7 +59,11 @@ def test_owl_with_wanda_at_70_percent(
     assert asked == pytest.approx(published, abs=1e-3)
     lod = [block["lod_percent"] for block in manifest["blocks"]]
     assert lod == pytest.approx(official["owl"]["outlier_ratio_percent"], rel=1e-3)
-    check(manifest, official["results"]["wanda_owl_0.7"])
+    expected = official["results"]["wanda_owl_0.7"]
+    check_sparsities(manifest, expected)
+    ran = run_cli("evaluate", tmp_path / "out", "--text", reference / "smollm2_eval_ids.npy", "--json", "--quiet")
+    assert ran.code == 0, ran.stderr
+    assert json.loads(ran.stdout)["perplexity"] == pytest.approx(expected["ppl"], rel=0.005)
 
 
 # -------------------- the tokenizer that comes out of the GGUF
