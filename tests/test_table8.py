@@ -120,6 +120,21 @@ def test_levels_join_those_that_are_there(table8: Table8, tmp_path: Path) -> Non
     assert inputs["model"]["num_hidden_layers"] == 2
 
 
+def test_a_real_checkpoint_is_pruned_by_owl_and_has_a_perplexity(
+    table8: Table8, tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    texts = ["--calibration", reference / "tiny_calib.npy", "--text", reference / "tiny_eval.npy", "--windows", 2]
+    asked = ["--model", tiny_llama, "--engines", "onnxruntime", *texts]
+    ended = table8(tmp_path / "out", "0.6", *map(str, asked))
+    assert ended.code == 0, ended.stderr
+    dense, sparse = read_rows(tmp_path / "out" / "results.jsonl")
+    assert dense.is_dense
+    assert (sparse.method, sparse.allocation, sparse.sparsity_asked) == ("wanda", "owl", 0.6)
+    assert dense.perplexity is not None
+    assert sparse.perplexity is not None
+    assert dense.perplexity != sparse.perplexity
+
+
 def test_what_makes_a_level_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
