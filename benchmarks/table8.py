@@ -192,7 +192,7 @@ class Table8:
     def _make(self, plan: PruningPlan, engines: list[EngineSpec]) -> None:
         """Prune and export a level in a process of its own, whose memory is free again when engines are measured.
 
-        Meanwhile few engines stay loaded: DeepSparse's dense model, which takes minutes to compile, and none besides.
+        Meanwhile few engines stay loaded: DeepSparse's dense model, which takes longest to load, and none besides.
         """
         bundle = self._directory(plan.sparsity) / "bundle"
         if (bundle / MANIFEST).is_file():

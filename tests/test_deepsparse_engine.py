@@ -159,22 +159,18 @@ def test_a_static_graph_has_no_free_dimension_and_shares_the_data(tmp_path: Path
         pytest.param(SmolLM3Config(**SIZES, num_key_value_heads=2, no_rope_layers=[1, 0]), id="a-block-without-rotary"),
     ],
 )
-def test_the_graph_of_one_token_is_simpler_and_computes_the_same(config: PretrainedConfig, tmp_path: Path) -> None:
+def test_a_static_graph_computes_the_same(config: PretrainedConfig, tmp_path: Path) -> None:
     config.pad_token_id = None
     path = export(config, tmp_path)
     total = 64
     graphs = StaticGraphs(path, total)
-    variants = []
-    for new in (1, 2):
-        (tmp_path / str(new)).mkdir()
-        variants.append(graphs.write(tmp_path / str(new), new))
-    nodes = [onnx.load(variant, load_external_data=False).graph.node for variant in variants]
-    assert len(nodes[0]) < len(nodes[1]) - 10
-    assert not any(list(node.input)[1:] == ["half_turn"] for node in nodes[0] if node.op_type == "MatMul")
-    data = variants[0].with_name("model.onnx.data")
+    folder = tmp_path / "static"
+    folder.mkdir()
+    variant = graphs.write(folder, 1)
+    data = folder / "model.onnx.data"
     data.unlink()  # ONNX Runtime follows no link
     shutil.copy(tmp_path / data.name, data)
-    session = onnxruntime.InferenceSession(variants[0], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(variant, providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 12)
     states = dict.fromkeys(graphs.past, np.zeros(graphs.cache_shape(total), np.float32))
     found = []

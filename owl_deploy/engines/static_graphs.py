@@ -5,13 +5,11 @@ Shapes: L new tokens, S tokens that the cache and the new ones fill together; ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
-from owl_deploy.engines.one_token import simplified
 from owl_deploy.export.names import ATTENTION_BIAS
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -32,15 +30,10 @@ class StaticGraphs:
         self.past = [value.name for value in self._model.graph.input if value.name.startswith(_PAST)]
         self.outputs = [value.name for value in self._model.graph.output]
         self.present = [name.replace(_PAST, _PRESENT) for name in self.past]
-        cut = next((node for node in self._model.graph.node if ATTENTION_BIAS in node.output), None)
+        self._producers = {output: node for node in self._model.graph.node for output in node.output}
+        cut = self._producers.get(ATTENTION_BIAS)
         self.query_groups = len(cut.input) if cut else None
         """G where variants take `attention_bias` [1, 1, G * L, S]; None where they take `attention_mask` [1, S]."""
-
-        self._small = {
-            tensor.name: numpy_helper.to_array(tensor)
-            for tensor in self._model.graph.initializer
-            if tensor.data_location != onnx.TensorProto.EXTERNAL
-        }
 
     @property
     def counts_positions(self) -> bool:
@@ -62,18 +55,14 @@ class StaticGraphs:
             bias_shape = [1, 1, self.query_groups * new, self.total]
             inputs.append(helper.make_tensor_value_info(ATTENTION_BIAS, onnx.TensorProto.FLOAT, bias_shape))
         outputs = [self._fixed(value, new) for value in source.output]
-        wanted, given = {value.name for value in outputs}, {value.name for value in inputs}
-        nodes, constants = _needed(source.node, wanted, given), list(source.initializer)
-        if new == 1 and self.query_groups is not None:
-            nodes, added = simplified(nodes, self._small)
-            nodes, constants = _needed(nodes, wanted, given), constants + added
+        nodes = self._needed({value.name for value in outputs}, {value.name for value in inputs})
         read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
             nodes,
             source.name,
             [value for value in inputs if value.name in read],
             outputs,
-            [tensor for tensor in constants if tensor.name in read],
+            [tensor for tensor in source.initializer if tensor.name in read],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         for location in {
@@ -98,16 +87,14 @@ class StaticGraphs:
             shape = (1, new, *(dimension.dim_value for dimension in tensor.shape.dim[2:]))
         return helper.make_tensor_value_info(value.name, tensor.elem_type, shape)
 
-
-def _needed(nodes: Sequence[NodeProto], outputs: set[str], inputs: set[str]) -> list[NodeProto]:
-    """The nodes on the way from `inputs` to `outputs`, in their order."""
-    producers = {output: node for node in nodes for output in node.output}
-    wanted: set[int] = set()
-    tensors = list(outputs)
-    while tensors:
-        name = tensors.pop()
-        node = None if name in inputs else producers.get(name)
-        if node is not None and id(node) not in wanted:
-            wanted.add(id(node))
-            tensors.extend(node.input)
-    return [node for node in nodes if id(node) in wanted]
+    def _needed(self, outputs: set[str], inputs: set[str]) -> list[NodeProto]:
+        """The nodes on the way from `inputs` to `outputs`, in their order."""
+        wanted: set[int] = set()
+        tensors = list(outputs)
+        while tensors:
+            name = tensors.pop()
+            node = None if name in inputs else self._producers.get(name)
+            if node is not None and id(node) not in wanted:
+                wanted.add(id(node))
+                tensors.extend(node.input)
+        return [node for node in self._model.graph.node if id(node) in wanted]

@@ -68,9 +68,6 @@ ATTENTION_BIAS = "attention_bias"
 query heads to a key-value head: 0 where a query may look, else a huge negative number. It is the Concat of G equal
 masks. Nothing else in the graph reads the attention mask, so an engine may cut the graph here."""
 
-HALF_TURN = "half_turn"
-"""The constant R, [E, E], in a built graph's rotary embeddings: x R is x's second half, negated, and its first one."""
-
 OPSET = 14
 """The oldest that has every operator needed; DeepSparse reads 14 to 19."""
 
