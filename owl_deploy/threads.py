@@ -1,4 +1,4 @@
-"""Work on all cores that numpy, hashlib and ctypes do without Python's lock."""
+"""Work on all cores that numpy and ctypes do without Python's lock."""
 
 from __future__ import annotations
 

@@ -125,12 +125,16 @@ class Slice {
   std::array<std::uint8_t, kMaxRows> order_{};
 };
 
+// Bytes of a unit of the packed formats whose groups take so many steps together.
+std::uint64_t unit_bytes(const Header& h, std::uint32_t groups, std::uint32_t blocks, std::uint64_t steps) {
+  return round_up<std::uint64_t>(words_offset(groups, blocks) + steps * kLanes * word_bytes(h.format), kAlignment);
+}
+
 std::uint64_t packed_unit_bytes(Slice& slice, const Header& h, std::uint32_t panel) {
   const std::uint32_t blocks = blocks_of(h, panel), first = panel * h.panel_columns / kBlockColumns;
   std::uint64_t steps = 0;
   for (std::uint32_t block = 0; block < blocks; ++block) steps += slice.arrange(first + block);
-  return round_up<std::uint64_t>(words_offset(slice.groups(), blocks) + steps * kLanes * word_bytes(h.format),
-                                 kAlignment);
+  return unit_bytes(h, slice.groups(), blocks, steps);
 }
 
 std::uint64_t int8_unit_bytes(const Slice& slice, const Header& h) {
@@ -223,14 +227,13 @@ Header make_sections(std::uint32_t rows, std::uint32_t columns, Format format, b
 
 // Bytes of a unit without a single zero.
 std::uint64_t most_unit_bytes(const Header& h, std::uint32_t slice, std::uint32_t panel) {
-  const std::uint64_t blocks = blocks_of(h, panel), rows = rows_of(h, slice);
+  const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, panel);
   if (!is_packed(h.format)) {
-    const std::uint64_t stored = stored_rows(rows_of(h, slice)) * blocks;
+    const std::uint64_t stored = std::uint64_t{stored_rows(rows)} * blocks;
     return round_up<std::uint64_t>(stored * (sizeof(std::uint64_t) + kMaskColumns), kAlignment);
   }
-  const std::uint32_t groups = groups_of(static_cast<std::uint32_t>(rows));
-  const std::uint64_t words = blocks * kBlockColumns * groups * kLanes;
-  return round_up<std::uint64_t>(words_offset(groups, blocks_of(h, panel)) + words * word_bytes(h.format), kAlignment);
+  const std::uint32_t groups = groups_of(rows);
+  return unit_bytes(h, groups, blocks, std::uint64_t{blocks} * kBlockColumns * groups);
 }
 
 template <class Word>
