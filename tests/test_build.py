@@ -64,7 +64,7 @@ def test_reads_bytes_wherever_they_lie() -> None:
     packed = library.pack(weights, "packed32")
     moved = np.concatenate([np.zeros(1, np.uint8), packed])[1:]
     library.check(moved)
-    unpacked, mask = library.unpack(moved)
+    unpacked, mask = library.unpack_with_mask(moved)
     np.testing.assert_allclose(unpacked, weights, rtol=1e-5)
     assert np.array_equal(mask, weights != 0)
     x = np.arange(64, dtype=np.float32).reshape(2, 32)

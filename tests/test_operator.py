@@ -47,7 +47,7 @@ def inputs(*shape: int, seed: int = 1) -> Floats:
 
 
 def expected(packed: Packed, x: Floats, paired: bool = False) -> Floats:
-    weights, _ = library.unpack(packed)
+    weights = library.unpack(packed)
     product: Floats = x @ weights.T
     if paired:
         gate, up = np.split(product, 2, axis=-1)
@@ -173,7 +173,7 @@ def test_many_threads_run_sessions_at_once() -> None:
     """Each product of a thread needs more, or less, of its scratch memory than the one before."""
     packed = [pack("packed32", 512, 330, seed=2), pack("int8", 96, 1290, seed=3)]
     sessions = [session(model(vector(each))) for each in packed]
-    weights = [library.unpack(each)[0] for each in packed]
+    weights = [library.unpack(each) for each in packed]
 
     def runs(seed: int) -> None:
         generator = np.random.default_rng(seed)

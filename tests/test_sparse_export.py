@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import CheckFailed
+from owl_deploy.export import packed as packing
 from owl_deploy.export.bundle import FlavorRecord, read_bundle
 from owl_deploy.export.names import WEIGHTS, Flavor, sparse_flavor
 from owl_deploy.export.run import export_checkpoint
@@ -151,6 +154,40 @@ def test_no_matrix_is_bigger_than_dense_at_any_density() -> None:
                 assert library.pack(weights, stored).nbytes < 1.1 * dense  # headers, of so small a matrix
 
 
+def test_another_level_lends_its_dense_graph_and_every_byte_is_the_same(
+    bundle: Path, tiny_llama: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flavors = ["sparse-packed32", "sparse-int8"]  # at 20% packed32 keeps its matrices as they are
+    level = pruned(tiny_llama, tmp_path / "level", 0.2, reference)
+    alone = export_checkpoint(level, tmp_path / "alone", flavors)
+    monkeypatch.setattr("owl_deploy.export.packed.write_genai", None)
+    lent = export_checkpoint(level, tmp_path / "lent", flavors, like=bundle)
+    assert lent == alone
+
+
+def test_a_model_that_differs_in_more_than_its_linears_is_lent_nothing(
+    bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_another(tensor: str) -> Path:
+        other = tmp_path / tensor
+        shutil.copytree(checkpoint, other)
+        tensors = load_file(other / "model.safetensors")
+        tensors[tensor] = tensors[tensor] * 1.5
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        return other
+
+    made = []
+    write = packing.write_genai
+    monkeypatch.setattr(packing, "write_genai", lambda *a, **k: (made.append("graph"), write(*a, **k)))
+    norm, linear = "model.layers.2.input_layernorm.weight", "model.layers.2.mlp.up_proj.weight"
+    export_checkpoint(with_another(linear), tmp_path / "linear", ["sparse-packed32"], like=bundle)
+    assert made == []
+    export_checkpoint(with_another(norm), tmp_path / "norm", ["sparse-packed32"], like=bundle)
+    assert made == ["graph"]
+    export_checkpoint(checkpoint, tmp_path / "no-such-bundle", ["sparse-packed32"], like=tmp_path / "nothing")
+    assert made == ["graph", "graph"]
+
+
 def test_tied_weights_are_stored_once_and_still_shared(tiny_model: TinyModel, reference: Path, tmp_path: Path) -> None:
     """A lookup reads rows of the head's own matrix; nothing is transposed when the model is loaded."""
     model = tiny_model("llama", head_dim=16, tie_word_embeddings=True, vocab_size=512)
@@ -184,6 +221,7 @@ def test_a_lost_zero_a_lost_weight_and_a_wrong_value_are_found() -> None:
         ([[1.0, 0.0, -0.5, 0.0]], "packed16", "lost"),
         ([[1.0, 0.0, -0.52, 0.001]], "int8", "off by"),
         ([[1.0, 0.0, -0.5001, 0.001]], "packed32", "off by"),
+        ([[1.0, 0.0, -0.5000001, 0.001]], "fp32", "was changed"),
     ):
         with pytest.raises(CheckFailed, match=reason):
             check_stored("layer", stored_as, np.array(stored, np.float32), weight)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from owl_deploy.errors import CheckFailed, DiskError, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
 from owl_deploy.export.bundle import BundleManifest, FlavorRecord
 from owl_deploy.export.names import Flavor, model_file
-from owl_deploy.export.parity import ParityRecord, compare
+from owl_deploy.export.parity import REFERENCES, ParityRecord, compare
 from owl_deploy.files import disk_errors, write_text
 from owl_deploy.pruning.manifest import fingerprint
 from owl_deploy.reporting import Reporter
@@ -248,7 +248,7 @@ class Bench:
             self._reporter.warn(f"{configuration.name}: {error}")
 
     def _check(self, configuration: Configuration) -> None:
-        """See that the engine computes what ONNX Runtime computes, and at what perplexity."""
+        """See that the engine computes what the checkpoint computes, and at what perplexity."""
         workload = self._workload
         with self._failures_of(configuration), self._running(configuration, batch=1) as process:
             parity = self._parity(configuration, process)
@@ -266,7 +266,7 @@ class Bench:
             )
 
     def _parity(self, configuration: Configuration, process: EngineProcess) -> ParityRecord:
-        """ONNX Runtime's own agreement with torch is the bundle's; any other engine is compared with it.
+        """The bundle's, of an engine whose graph was compared with torch; any other is compared with such an engine.
 
         Raises:
             CheckFailed: the logits differ; what the engine is fast at is then not this model.
@@ -284,16 +284,23 @@ class Bench:
         return compare(
             *(np.concatenate(expected), *actual),
             what=configuration.name,
-            reference="onnxruntime",
+            reference=reference.spec.name,
             precision=configuration.spec.precision,
         )
 
     def _reference(self, configuration: Configuration) -> Configuration:
-        """ONNX Runtime on the same bundle, whose graphs all hold the same audited weights.
+        """An engine on the same bundle, whose graph computed what torch computes, of all weights as they are.
+
+        It is ONNX Runtime, or our own in `packed32` where that alone is measured: loaded once, it serves for both.
 
         Raises:
-            UserError: the bundle has no graph for it.
+            UserError: the bundle has no graph for either.
         """
+        of_bundle = [item for item in self.configurations if item.bundle == configuration.bundle]
+        for name in REFERENCES:
+            for item in of_bundle:
+                if item.spec.name == name and item.name not in self._errors:
+                    return item
         spec, manifest = engine_spec("onnxruntime"), configuration.manifest
         flavor = next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)
         if flavor is None:

@@ -12,6 +12,8 @@ from owl_deploy.bench.executors import run_here, run_on_ray
 from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import UnsupportedFamily
+from owl_deploy.export.bundle import BundleManifest
+from owl_deploy.export.names import Flavor
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
@@ -92,21 +94,27 @@ def make_level(level: Level, reporter: Reporter) -> None:
             statistics_file=level.out / "statistics.safetensors",
             reporter=reporter,
         )
-    _export(directory / "checkpoint", directory / "bundle", level.source.name, level.engines, reporter)
+    _export(level, directory / "checkpoint", directory / "bundle", reporter)
 
 
-def _export(checkpoint: Path, bundle: Path, name: str, engines: Sequence[EngineSpec], reporter: Reporter) -> None:
+def _export(level: Level, checkpoint: Path, bundle: Path, reporter: Reporter) -> None:
     """The flavor that each engine runs best; the next best ones where a family has no graph of that flavor."""
+    engines = level.engines
     best = list(dict.fromkeys(engine.flavors[0] for engine in engines))
     reference = engine_spec("onnxruntime").flavors  # what other engines' logits are compared with
     if not all(engine.checked_at_export for engine in engines) and not set(best) & set(reference):
         best.append(reference[0])
     others = list(dict.fromkeys(flavor for engine in engines for flavor in engine.flavors[1:]))
+
+    def export(flavors: Sequence[Flavor]) -> BundleManifest:
+        like = level.out / "0" / "bundle"
+        return export_checkpoint(checkpoint, bundle, flavors, name=level.source.name, like=like, reporter=reporter)
+
     try:
-        made = set(export_checkpoint(checkpoint, bundle, best, name=name, reporter=reporter).flavors)
+        made = set(export(best).flavors)
     except UnsupportedFamily:
         if not others:
             raise
         made = set()
     if not all(made & set(engine.flavors) for engine in engines) and others:
-        export_checkpoint(checkpoint, bundle, others, name=name, reporter=reporter)
+        export(others)

@@ -80,12 +80,15 @@ class FlavorRecord(Record):
 class BundleManifest(Record):
     """The whole of `bundle.json`.
 
-    `parity_text` is what the graphs were compared on: the packaged passage, or random ids without a tokenizer.
+    Attributes:
+        parity_text: what the graphs were compared on: the packaged passage, or random ids without a tokenizer.
+        frame_sha256: of the config and of all weights but those of the blocks' linears: what a model's levels share.
     """
 
     schema_version: int = 1
     model: str
     checkpoint_sha256: str
+    frame_sha256: str | None = None
     family: str
     method: str | None
     allocation: str | None

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -18,15 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks, matrix_of, zeros
+from owl_deploy.checkpoints.structure import find_blocks, zeros
 from owl_deploy.engines.protocol import TokenIds
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.audit import audit_graph
 from owl_deploy.export.bundle import (
     GRAPH,
     MANIFEST,
-    AuditRecord,
     BundleManifest,
     FileRecord,
     FlavorRecord,
@@ -35,16 +32,14 @@ from owl_deploy.export.bundle import (
     read_bundle,
 )
 from owl_deploy.export.genai import write_genai
-from owl_deploy.export.names import PEER_FLAVORS, Flavor, Head, Weights, weights_of
+from owl_deploy.export.names import PEER_FLAVORS, Flavor, Head, weights_of
+from owl_deploy.export.packed import DenseGraph, audit_of, pack_flavor
 from owl_deploy.export.parity import check_parity
 from owl_deploy.export.peers import write_peer
 from owl_deploy.export.standard import write_standard
 from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
 from owl_deploy.pruning.manifest import read_manifest
 from owl_deploy.reporting import SILENT, Reporter
-from owl_deploy.sparse.audit import check_stored, rows_of_parts, stored_parts
-from owl_deploy.sparse.graph import HEAD, write_sparse
-from owl_deploy.sparse.library import library_path
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0
@@ -57,6 +52,7 @@ def export_checkpoint(
     *,
     head: Head | None = None,
     name: str | None = None,
+    like: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> BundleManifest:
     """Export `checkpoint` into the directory `out`; what is already there of the same checkpoint is not made again.
@@ -64,6 +60,8 @@ def export_checkpoint(
     Args:
         head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
         name: what the model is called, if owl-deploy did not prune it; by default its directory.
+        like: another level's bundle. Sparse flavors are then made from its dense graph, if it has one and the models
+            differ in nothing but their linears; the bytes are the same.
 
     Every graph is audited (all weights in it, unchanged) and compared with torch before the bundle appears. Where
     several flavors are asked for, one that has no exporter for the family is left out and named in the manifest.
@@ -98,9 +96,11 @@ def export_checkpoint(
         records: dict[Flavor, FlavorRecord] = {}
         hashed: dict[Flavor, Future[list[FileRecord]]] = {}
         unsupported: dict[Flavor, str] = {}
-        dense = _DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
+        dense = DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
         if made is not None and "genai" in made.flavors:
             dense.use(out / "genai", made.flavors["genai"].audit)
+        elif like is not None and "genai" not in flavors:
+            dense.borrow(like, exporter_versions())
         for flavor in sorted(flavors, key=lambda flavor: weights_of(flavor) is not None):  # packed ones last
             reporter.step(f"exporting {flavor}")
             try:
@@ -128,6 +128,7 @@ def export_checkpoint(
             manifest = BundleManifest(
                 model=pruned.model if pruned else name or source.name,
                 checkpoint_sha256=checkpoint_sha256,
+                frame_sha256=dense.frame_sha256,
                 family=type(model).__name__,
                 method=str(pruned.plan["method"]) if pruned else None,
                 allocation=str(pruned.plan["allocation"]) if pruned else None,
@@ -159,7 +160,7 @@ def _export(
     model: PreTrainedModel,
     ids: TokenIds,
     tokenizer: PreTrainedTokenizerBase | None,
-    dense: _DenseGraph,
+    dense: DenseGraph,
     head: Head | None,
 ) -> FlavorRecord:
     """Make and check a flavor in `out`; its record, without the files."""
@@ -171,11 +172,11 @@ def _export(
         audit, parity = None, None
     elif weights is None:
         source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
-        audit = _audit(out / GRAPH, model)
+        audit = audit_of(out / GRAPH, model)
         parity = check_parity(out / GRAPH, model, ids)
     else:
         source, note = "onnxruntime-genai, packed", f"owl::SparseMatMul on {weights} weights"
-        audit, packed, stored = _pack(dense, out, weights, head)
+        audit, packed, stored = pack_flavor(dense, out, weights, head)
         with _weights_of(model, stored):
             parity = check_parity(out / GRAPH, model, ids, SparseEngine)
     if tokenizer is not None:
@@ -189,68 +190,6 @@ def _file_records(flavor: Path) -> list[FileRecord]:
         for file in sorted(flavor.rglob("*"))
         if file.is_file()
     ]
-
-
-class _DenseGraph:
-    """The graph of onnxruntime-genai that the sparse flavors are made from: the bundle's, or made when asked for."""
-
-    def __init__(self, checkpoint: Path, directory: Path, model: PreTrainedModel, has_tokenizer: bool) -> None:
-        self.directory = self._made_in = directory
-        self.model = model
-        self._checkpoint = checkpoint
-        self._has_tokenizer = has_tokenizer
-
-    def use(self, directory: Path, audit: AuditRecord | None) -> None:
-        """Take the genai flavor of the bundle: the same graph, of the same weights."""
-        if audit is not None:
-            self.directory, self.audit = directory, audit
-
-    @cached_property
-    def audit(self) -> AuditRecord:
-        """Where its weights are."""
-        self.remove()  # what an attempt that failed left
-        self.directory.mkdir()
-        write_genai(self._checkpoint, self.directory, has_tokenizer=self._has_tokenizer)
-        return _audit(self.directory / GRAPH, self.model)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._made_in, ignore_errors=True)
-
-
-def _pack(
-    dense: _DenseGraph, out: Path, weights: Weights, head: Head | None
-) -> tuple[AuditRecord, PackedRecord, dict[str, NDArray[np.float32]]]:
-    """Make a sparse flavor in `out` from a dense graph.
-
-    Returns what was found in it, and the weights as they are stored there: [out, in] by the linear's module path.
-    """
-    try:
-        library_path()
-    except UserError as error:
-        raise UnsupportedFamily(str(error)) from error
-    audit, model = dense.audit, dense.model
-    linears_of = rows_of_parts(audit.linears)
-    head = head or ("int8" if weights == "int8" else "fp32")
-    matrices = write_sparse(dense.directory / GRAPH, out / GRAPH, weights=weights, head=head, packable=linears_of)
-    for file in dense.directory.iterdir():
-        if file.is_file() and not file.name.startswith(GRAPH):
-            shutil.copy(file, out / file.name)
-    modules = dict(model.named_modules())
-    stored: dict[str, NDArray[np.float32]] = {}
-    squares = np.zeros(2)  # of what storing changed, and of the weights
-    for part, stored_as, values in stored_parts(out / GRAPH, matrices):
-        for first, name in [(0, _head_name(model))] if part == HEAD else linears_of[part]:
-            weight = modules[name].weight.detach().numpy()
-            stored[name] = values[first : first + len(weight)]
-            squares += check_stored(name, stored_as, stored[name], weight)
-    changed = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
-    return audit, PackedRecord(head=head, error=changed, matrices=matrices), stored
-
-
-def _head_name(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(head)]
 
 
 @contextlib.contextmanager
@@ -284,20 +223,6 @@ def _genai(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
 
 
 _EXPORTERS: dict[Flavor, Callable[[Path, Path, bool], tuple[str, str]]] = {"standard": _standard, "genai": _genai}
-
-
-def _audit(graph: Path, model: PreTrainedModel) -> AuditRecord:
-    linears = {
-        block.full_name(name): matrix_of(linear).detach().contiguous().numpy()
-        for block in find_blocks(model)
-        for name, linear in block.linears.items()
-    }
-    found = audit_graph(graph, linears)
-    return AuditRecord(
-        weights=sum(weight.weights for weight in found),
-        zeros=sum(weight.zeros for weight in found),
-        linears={weight.name: f"{weight.initializer}[{weight.first_column}]" for weight in found},
-    )
 
 
 def _sparsity(model: PreTrainedModel) -> float:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.errors import CheckFailed
 from owl_deploy.export.tensors import external_array
-from owl_deploy.sparse.graph import MatrixRecord
+from owl_deploy.sparse.graph import HEAD, MatrixRecord
 from owl_deploy.sparse.library import unpack
 from owl_deploy.sparse.selection import Stored
 from owl_deploy.threads import in_order
@@ -24,18 +24,22 @@ _SMALLEST = 2.0**-120  # errors below it are those of denormal weights
 
 
 def stored_parts(graph: Path, records: Sequence[MatrixRecord]) -> Iterator[tuple[str, Stored, NDArray[np.float32]]]:
-    """Each packed part of the dense graph: its name there, its format, and its weights [out, in] as stored."""
+    """Each part of the dense graph: its name there, its format, and its weights [out, in] as stored.
+
+    The head is left out where it is not packed; embeddings may share it, and have it the other way round.
+    """
     model = onnx.load(str(graph), load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    packed = [record for record in records if record.format != "fp32"]
+    checked = [record for record in records if record.format != "fp32" or record.parts != [HEAD]]
 
-    def unpacked(record: MatrixRecord) -> NDArray[np.float32]:
-        return unpack(external_array(graph, tensors[record.name]))[0]
+    def read(record: MatrixRecord) -> list[NDArray[np.float32]]:
+        if record.format == "fp32":
+            return [external_array(graph, tensors[part]).T for part in record.parts]
+        return np.split(unpack(external_array(graph, tensors[record.name])), len(record.parts))
 
-    for record, weights in zip(packed, in_order(unpacked, packed), strict=True):
-        rows = record.rows // len(record.parts)
-        for number, part in enumerate(record.parts):
-            yield part, record.format, weights[number * rows : (number + 1) * rows]
+    for record, matrices in zip(checked, in_order(read, checked), strict=True):
+        for part, weights in zip(record.parts, matrices, strict=True):
+            yield part, record.format, weights
 
 
 def check_stored(
@@ -57,6 +61,10 @@ def _check_rows(
     name: str, stored_as: Stored, stored: NDArray[np.float32], weight: NDArray[np.float32]
 ) -> tuple[float, float]:
     """`check_stored` of some rows."""
+    if stored_as == "fp32":
+        if not np.array_equal(stored, weight):
+            raise CheckFailed(f"{name}: a weight that was to stay as it is was changed on the way into the graph")
+        return 0.0, 0.0
     is_pruned, is_zero = weight == 0, stored == 0
     if (is_pruned > is_zero).any():
         raise CheckFailed(f"{name}: a pruned weight is not zero in the packed graph")

@@ -8,7 +8,7 @@ a mapped file and nothing is transposed when the model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -64,19 +64,21 @@ class _Product:
 
 
 def write_sparse(
-    dense: Path, out: Path, *, weights: Weights, head: Head, packable: Container[str]
+    dense: Path, out: Path, *, weights: Weights, head: Head, linears: Mapping[str, Mapping[str, NDArray[np.float32]]]
 ) -> list[MatrixRecord]:
     """Rewrite the graph `dense`, as onnxruntime-genai's builder made it, as `out`; its data goes beside it.
 
     Args:
-        packable: the initializers of `dense` that hold pruned linears. Nothing else is packed, the head apart.
+        linears: of the initializers of `dense` that are made of pruned linears, and of the head, what they are to
+            hold: weights [out, in], one after the other. Nothing else is packed; it is taken from `dense`.
 
     Raises:
         UserError: a weight cannot be packed, or the library of the kernels is missing.
     """
     model = onnx.load(str(dense), load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    products = [product for product in _products(model.graph, tensors) if _may_pack(product, packable)]
+    packable = {name for name, tensor in tensors.items() if _holds(tensor, linears.get(name, {}))}
+    products = [product for product in _products(model.graph, tensors) if packable.issuperset(product.parts)]
     records: list[MatrixRecord] = []
     initializers: list[onnx.TensorProto] = []
     nodes: dict[int, onnx.NodeProto] = {}  # by the place of the last node that each stands for
@@ -84,8 +86,7 @@ def write_sparse(
     places = {id(node): place for place, node in enumerate(model.graph.node)}
 
     def packed(product: _Product) -> tuple[MatrixRecord, NDArray[Any] | None]:
-        matrix = transposed(*(external_array(dense, tensors[part]) for part in product.parts))
-        return _pack(product, matrix, weights, head)
+        return _pack(product, _joined(*(linears[part] for part in product.parts)), weights, head)
 
     with ExternalData(out.with_name(f"{out.name}.data")) as data:
         for product, (record, stored) in zip(products, in_order(packed, products), strict=True):
@@ -115,6 +116,8 @@ def write_sparse(
             values = external_array(dense, tensor)
             if name == embedding:
                 values = values.T
+            elif name in linears and name != HEAD:
+                values = transposed(_joined(linears[name]))
             small = values.nbytes <= _INLINE_BYTES
             initializers.append(
                 onnx.numpy_helper.from_array(np.ascontiguousarray(values), name) if small else data.add(name, values)
@@ -126,8 +129,15 @@ def write_sparse(
     return records
 
 
-def _may_pack(product: _Product, packable: Container[str]) -> bool:
-    return product.parts == [HEAD] or all(part in packable for part in product.parts)
+def _holds(tensor: onnx.TensorProto, linears: Mapping[str, NDArray[np.float32]]) -> bool:
+    """Whether an initializer [in, out] is made of these linears and nothing else."""
+    return _is_matrix(tensor) and sum(len(weights) for weights in linears.values()) == tensor.dims[1]
+
+
+def _joined(*parts: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """All weights [out, in] of these linears, one below the other; copied only if there are several."""
+    weights = [weight for linears in parts for weight in linears.values()]
+    return weights[0] if len(weights) == 1 else np.concatenate(weights)
 
 
 def _products(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto]) -> Iterator[_Product]:

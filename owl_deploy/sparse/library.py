@@ -18,7 +18,7 @@ from owl_deploy.errors import UserError
 FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4}
 
 _PATH = Path(__file__).with_name("libowl_sparse.so")
-_ABI = 2  # kOwlAbi in library.h
+_ABI = 3  # kOwlAbi in library.h
 _ALIGNMENT = 64
 _PAIRED, _ROWS = 7, 8  # offsets in the header; the columns follow the rows
 
@@ -62,14 +62,24 @@ def check(data: NDArray[np.uint8]) -> None:
     _check(aligned(data))
 
 
-def unpack(data: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def unpack(data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The weights [rows, columns] as the kernels use them."""
+    return _unpack(data, None)
+
+
+def unpack_with_mask(data: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The weights [rows, columns] as the kernels use them, and which of them are stored."""
     data = aligned(data)
-    rows, columns, _ = _check(data)
-    weights = np.empty((rows, columns), np.float32)
-    mask = np.empty((rows, columns), np.uint8)
-    _checked(_library().owl_unpack(data.ctypes.data, data.size, weights.ctypes.data, mask.ctypes.data))
-    return weights, mask.astype(np.bool_)
+    mask = np.empty(_check(data)[:2], np.bool_)
+    return _unpack(data, mask), mask
+
+
+def _unpack(data: NDArray[np.uint8], mask: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+    data = aligned(data)
+    weights = np.empty(_check(data)[:2], np.float32)
+    stored = None if mask is None else mask.ctypes.data
+    _checked(_library().owl_unpack(data.ctypes.data, data.size, weights.ctypes.data, stored))
+    return weights
 
 
 def product(

@@ -88,12 +88,9 @@ std::int64_t owl_pack(const float* weights, std::int64_t rows, std::int64_t colu
   const auto most = static_cast<std::int64_t>(owl::most_bytes(r, c, as, paired != 0, problem));
   if (problem != nullptr) return fail(problem);
   if (out == nullptr) return most;
-  const owl::Layout layout = owl::layout_of(weights, r, c, as, paired != 0, problem);
-  if (problem != nullptr) return fail(problem);
-  const auto bytes = static_cast<std::int64_t>(layout.header.bytes);
-  if (capacity < bytes) return fail("no room for the packed matrix");
-  owl::pack(weights, layout, out);
-  return bytes;
+  if (capacity < most) return fail("no room for the packed matrix");
+  const std::uint64_t bytes = owl::pack(weights, r, c, as, paired != 0, out, problem);
+  return problem == nullptr ? static_cast<std::int64_t>(bytes) : fail(problem);
 }
 
 int owl_check(const std::uint8_t* data, std::int64_t size) {

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -41,37 +42,55 @@ Header make_header(std::uint32_t rows, std::uint32_t columns, Format format, boo
 
 // The nearest fp32 number whose low 5 bits are `index`: never zero, never infinite.
 std::uint32_t word32(float weight, std::uint32_t index) {
-  constexpr std::uint32_t kIndexBits = kBlockColumns - 1, kInfinity = 0x7F800000;
+  constexpr std::int32_t kBlock = kBlockColumns, kInfinity = 0x7F800000;
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(weight), sign = bits & 0x80000000;
-  const std::uint32_t magnitude = bits & 0x7FFFFFFF;
-  std::int64_t nearest = (magnitude & ~kIndexBits) | index;
-  const std::int64_t error = nearest - magnitude;
-  if (error > kBlockColumns / 2) nearest -= kBlockColumns;
-  if (error < -static_cast<std::int64_t>(kBlockColumns / 2)) nearest += kBlockColumns;
-  if (nearest <= 0) nearest += kBlockColumns;
-  if (nearest >= kInfinity) nearest -= kBlockColumns;
+  const auto magnitude = static_cast<std::int32_t>(bits & 0x7FFFFFFF);
+  std::int32_t nearest = (magnitude & ~(kBlock - 1)) | static_cast<std::int32_t>(index);
+  const std::int32_t error = nearest - magnitude;
+  nearest -= error > kBlock / 2 ? kBlock : 0;
+  nearest += error < -kBlock / 2 ? kBlock : 0;
+  nearest += nearest <= 0 ? kBlock : 0;
+  nearest -= nearest >= kInfinity ? kBlock : 0;
   return sign | static_cast<std::uint32_t>(nearest);
 }
 
+// To the nearest integer, ties to even. What a sum with 1.5 * 2^23 loses is the fraction; compilers vectorise it.
 int quantised(float weight, float scale, int levels) {
-  return std::clamp(static_cast<int>(std::nearbyint(weight / scale)), -levels, levels);
+  constexpr float kWholeNumbers = 0x1.8p23f;
+  const float rounded = (weight / scale + kWholeNumbers) - kWholeNumbers;
+  return std::clamp(static_cast<int>(rounded), -levels, levels);
 }
 
 // A stored weight is never 0, so that a word of 0 is padding and nothing else.
-std::uint16_t word16(float weight, float scale, std::uint32_t index) {
-  int q = quantised(weight, scale, kLevels16);
-  if (q == 0) q = weight < 0 ? -1 : 1;
-  return static_cast<std::uint16_t>(q * static_cast<int>(kBlockColumns) + static_cast<int>(index));
+std::uint32_t word16(float weight, float scale, std::uint32_t index) {
+  const int q = quantised(weight, scale, kLevels16), smallest = weight < 0 ? -1 : 1;
+  return static_cast<std::uint32_t>(q != 0 ? q : smallest) * kBlockColumns + index;
 }
 
 float row_scale(const float* row, std::uint64_t columns, int levels) {
-  float largest = 0;
-  for (std::uint64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(row[c]));
-  largest = std::min(largest, 0x1.fffffp127f);  // so that `levels` times the scale, rounded, is a number
+  std::int32_t bits = 0;  // the larger of two finite numbers without a sign has the larger bits
+  for (std::uint64_t c = 0; c < columns; ++c) bits = std::max(bits, std::bit_cast<std::int32_t>(row[c]) & 0x7FFFFFFF);
+  // Below the largest number, so that `levels` times the scale, rounded, is one.
+  const float largest = std::min(std::bit_cast<float>(bits), 0x1.fffffp127f);
   return largest == 0 ? 0 : std::max(largest / static_cast<float>(levels), FLT_MIN);
 }
 
-// The rows of one slice, and how one of its blocks is arranged: rows by falling number of non-zeros, 16 to a group.
+// Which of some values, a multiple of 8 and at most 64, are not zero, as bits.
+template <std::size_t kCount>
+std::uint64_t mask_of(const float* values) {
+  std::array<std::uint8_t, kCount> is{};
+  for (std::size_t c = 0; c < kCount; ++c) is[c] = values[c] != 0;
+  std::uint64_t bits = 0;
+  for (std::size_t c = 0; c < kCount; c += 8) {
+    std::uint64_t bytes;  // each 0 or 1; the product brings their sum of powers of two into the highest one
+    std::memcpy(&bytes, is.data() + c, sizeof(bytes));
+    bits |= (bytes * 0x0102040810204080 >> 56) << c;
+  }
+  return bits;
+}
+
+// The rows of one slice. Blocks are taken from left to right, out of strips that are copied first: the rows themselves
+// lie so far apart, and often a power of two, that they would drive each other from the cache.
 class Slice {
  public:
   Slice(const float* weights, const Header& h, std::uint32_t slice) : columns_(h.columns), count_(rows_of(h, slice)) {
@@ -83,74 +102,63 @@ class Slice {
   std::uint32_t groups() const { return groups_of(count_); }
   std::uint32_t rows() const { return count_; }
   const float* row(std::uint32_t i) const { return rows_[i]; }
-  std::uint32_t width(std::uint32_t block) const {
-    return std::min<std::uint32_t>(kBlockColumns, columns_ - block * kBlockColumns);
-  }
 
-  // Which columns of the block a row has, as bits; 0 for the rows that fill up the last group.
-  std::uint32_t mask(std::uint32_t i, std::uint32_t block) const {
-    if (i >= count_) return 0;
-    const float* values = rows_[i] + std::uint64_t{block} * kBlockColumns;
-    const std::uint32_t width = this->width(block);
-    std::uint32_t bits = 0;
-    for (std::uint32_t c = 0; c < width; ++c) bits |= std::uint32_t{values[c] != 0} << c;
-    return bits;
-  }
-
-  // Arrange a block: fills order() and masks(), and returns the steps of all its groups.
-  std::uint32_t arrange(std::uint32_t block) {
+  // Arrange a block: rows by falling number of non-zeros, 16 to a group.
+  void arrange(std::uint32_t block) {
+    if (block / kStripBlocks != strip_) copy_strip(block / kStripBlocks);
+    block_ = block % kStripBlocks;
     const std::uint32_t padded = groups() * kLanes;
     std::array<std::uint32_t, kBlockColumns + 2> start{};
     for (std::uint32_t i = 0; i < padded; ++i) {
-      masks_[i] = mask(i, block);
-      ++start[kBlockColumns - std::popcount(masks_[i]) + 1];
+      masks_[i] = i < count_ ? static_cast<std::uint32_t>(mask_of<kBlockColumns>(values(i))) : 0;
+      counts_[i] = static_cast<std::uint8_t>(std::popcount(masks_[i]));
+      ++start[kBlockColumns - counts_[i] + 1];
     }
     for (std::uint32_t n = 1; n < start.size(); ++n) start[n] += start[n - 1];
-    for (std::uint32_t i = 0; i < padded; ++i) {
-      order_[start[kBlockColumns - std::popcount(masks_[i])]++] = static_cast<std::uint8_t>(i);
-    }
-    std::uint32_t steps = 0;
-    for (std::uint32_t group = 0; group < groups(); ++group) steps += this->steps(group);
-    return steps;
+    for (std::uint32_t i = 0; i < padded; ++i) order_[start[kBlockColumns - counts_[i]]++] = static_cast<std::uint8_t>(i);
   }
 
-  std::uint32_t steps(std::uint32_t group) const { return std::popcount(masks_[order_[group * kLanes]]); }
-  std::uint32_t masked(std::uint32_t i) const { return masks_[i]; }
+  // Of the block that was arranged: a row's values, and which of them are not zero; the rows in their order, and how
+  // many values the first of a group, and so each of them at most, has.
+  const float* values(std::uint32_t i) const { return strips_.data() + (i * kStripBlocks + block_) * kBlockColumns; }
+  std::uint32_t mask(std::uint32_t i) const { return masks_[i]; }
   const std::array<std::uint8_t, kMaxRows>& order() const { return order_; }
+  std::uint32_t steps(std::uint32_t group) const { return counts_[order_[group * kLanes]]; }
 
  private:
+  static constexpr std::uint32_t kStripBlocks = 8;
+
+  void copy_strip(std::uint32_t strip) {
+    constexpr std::uint32_t kColumns = kStripBlocks * kBlockColumns;
+    strips_.resize(std::size_t{count_} * kColumns);
+    const std::uint32_t first = strip * kColumns, width = std::min(kColumns, columns_ - first);
+    for (std::uint32_t i = 0; i < count_; ++i) {
+      float* copy = std::copy_n(rows_[i] + first, width, strips_.data() + std::size_t{i} * kColumns);
+      std::fill_n(copy, kColumns - width, 0.0F);
+    }
+    strip_ = strip;
+  }
+
   std::uint32_t columns_, count_;
   std::array<const float*, kMaxRows> rows_{};
+  std::vector<float> strips_;                               // [rows, columns of a strip]
+  std::uint32_t strip_ = std::numeric_limits<std::uint32_t>::max(), block_ = 0;
   std::array<std::uint32_t, kMaxRows> masks_{};
-  std::array<std::uint8_t, kMaxRows> order_{};
+  std::array<std::uint8_t, kMaxRows> counts_{}, order_{};
 };
 
-// Bytes of a unit of the packed formats whose groups take so many steps together.
-std::uint64_t unit_bytes(const Header& h, std::uint32_t groups, std::uint32_t blocks, std::uint64_t steps) {
-  return round_up<std::uint64_t>(words_offset(groups, blocks) + steps * kLanes * word_bytes(h.format), kAlignment);
-}
-
-std::uint64_t packed_unit_bytes(Slice& slice, const Header& h, std::uint32_t panel) {
-  const std::uint32_t blocks = blocks_of(h, panel), first = panel * h.panel_columns / kBlockColumns;
-  std::uint64_t steps = 0;
-  for (std::uint32_t block = 0; block < blocks; ++block) steps += slice.arrange(first + block);
-  return unit_bytes(h, slice.groups(), blocks, steps);
-}
-
-std::uint64_t int8_unit_bytes(const Slice& slice, const Header& h) {
-  const std::uint64_t masks = std::uint64_t{stored_rows(slice.rows())} * blocks_of(h, 0);
-  if (h.format == Format::dense8) return masks * kMaskColumns;
-  std::uint64_t values = 0;
-  for (std::uint32_t i = 0; i < slice.rows(); ++i) {
-    for (std::uint32_t c = 0; c < h.columns; ++c) values += slice.row(i)[c] != 0;
-  }
-  return round_up<std::uint64_t>(masks * sizeof(std::uint64_t) + values, kAlignment);
+// Zeros up to the next multiple of 64 bytes, counted from `unit`; where they end.
+std::uint8_t* filled_up(const std::uint8_t* unit, std::uint8_t* end) {
+  const auto length = static_cast<std::uint64_t>(end - unit);
+  return std::fill_n(end, round_up<std::uint64_t>(length, kAlignment) - length, std::uint8_t{0});
 }
 
 template <class Word>
-void write_packed_unit(Slice& slice, const Header& h, std::uint32_t panel, const float* scales, std::uint8_t* unit) {
+std::uint8_t* write_packed_unit(Slice& slice, const Header& h, std::uint32_t panel, const float* scales,
+                                std::uint8_t* unit) {
   const std::uint32_t groups = slice.groups(), blocks = blocks_of(h, panel);
   const std::uint32_t first = panel * h.panel_columns / kBlockColumns;
+  std::memset(unit, 0, words_offset(groups, blocks));
   auto* words = reinterpret_cast<Word*>(unit + words_offset(groups, blocks));
   std::array<std::uint8_t, kMaxRows> place{};  // where each row was put in the block before
   for (std::uint32_t i = 0; i < kMaxRows; ++i) place[i] = static_cast<std::uint8_t>(i);
@@ -159,19 +167,23 @@ void write_packed_unit(Slice& slice, const Header& h, std::uint32_t panel, const
     std::uint8_t* record = unit + std::uint64_t{block} * record_bytes(groups);
     for (std::uint32_t group = 0; group < groups; ++group) {
       const std::uint32_t steps = slice.steps(group);
+      std::fill_n(words, steps * kLanes, Word{0});
       record[group] = static_cast<std::uint8_t>(steps);
       for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
         const std::uint32_t i = slice.order()[group * kLanes + lane];
         record[groups + group * kLanes + lane] = place[i];
-        std::uint32_t step = 0;
-        for (std::uint32_t bits = slice.masked(i); bits != 0; bits &= bits - 1, ++step) {
-          const auto column = static_cast<std::uint32_t>(std::countr_zero(bits));
-          const float weight = slice.row(i)[(first + block) * kBlockColumns + column];
+        std::uint32_t bits = slice.mask(i);
+        if (bits == 0) continue;
+        std::array<std::uint32_t, kBlockColumns> all;  // of the zeros, too: compilers vectorise it
+        for (std::uint32_t c = 0; c < kBlockColumns; ++c) {
           if constexpr (sizeof(Word) == 4) {
-            words[step * kLanes + lane] = word32(weight, column);
+            all[c] = word32(slice.values(i)[c], c);
           } else {
-            words[step * kLanes + lane] = word16(weight, scales[i], column);
+            all[c] = word16(slice.values(i)[c], scales[i], c);
           }
+        }
+        for (Word* word = words + lane; bits != 0; bits &= bits - 1, word += kLanes) {
+          *word = static_cast<Word>(all[std::countr_zero(bits)]);
         }
       }
       words += steps * kLanes;
@@ -179,6 +191,7 @@ void write_packed_unit(Slice& slice, const Header& h, std::uint32_t panel, const
     for (std::uint32_t i = 0; i < groups * kLanes; ++i) place[slice.order()[i]] = static_cast<std::uint8_t>(i);
   }
   std::memcpy(unit + std::uint64_t{blocks} * record_bytes(groups), place.data(), groups * kLanes);
+  return filled_up(unit, reinterpret_cast<std::uint8_t*>(words));
 }
 
 // The columns of block `block`, as far as the matrix has them.
@@ -186,31 +199,44 @@ std::uint32_t mask_width(const Header& h, std::uint32_t block) {
   return std::min(kMaskColumns, h.columns - block * kMaskColumns);
 }
 
-void write_int8_unit(const Slice& slice, const Header& h, const float* scales, std::int32_t* sums, std::uint8_t* unit) {
+std::uint8_t* write_int8_unit(const Slice& slice, const Header& h, const float* scales, std::int32_t* sums,
+                              std::uint8_t* unit) {
   const std::uint32_t blocks = blocks_of(h, 0), stored = stored_rows(slice.rows());
   const bool masked = h.format == Format::int8;
+  const std::uint64_t masks_bytes = masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0;
   auto* masks = reinterpret_cast<std::uint64_t*>(unit);
-  auto* values = reinterpret_cast<std::int8_t*>(unit) +
-                 (masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0);
+  std::uint8_t* values = unit + masks_bytes;
   for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
     for (std::uint32_t block = 0; block < blocks; ++block) {
-      for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i, ++masks, values += masked ? 0 : kMaskColumns) {
-        if (i >= slice.rows()) continue;
-        const float* weights = slice.row(i) + std::size_t{block} * kMaskColumns;
-        for (std::uint32_t c = 0; c < mask_width(h, block); ++c) {
-          if (weights[c] == 0) continue;
-          const int q = quantised(weights[c], scales[i], kLevels8);
-          sums[i] += q;
-          if (masked) {
-            *masks |= std::uint64_t{1} << c;
-            *values++ = static_cast<std::int8_t>(q);
-          } else {
-            values[c] = static_cast<std::int8_t>(q);
-          }
+      for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {
+        std::array<float, kMaskColumns> weights{};
+        float scale = 1;
+        if (i < slice.rows()) {
+          std::copy_n(slice.row(i) + std::size_t{block} * kMaskColumns, mask_width(h, block), weights.data());
+          if (scales[i] != 0) scale = scales[i];
+        }
+        std::array<std::int8_t, kMaskColumns> quantised_weights;
+        std::int32_t sum = 0;
+        for (std::uint32_t c = 0; c < kMaskColumns; ++c) {
+          const int q = quantised(weights[c], scale, kLevels8);
+          quantised_weights[c] = static_cast<std::int8_t>(q);
+          sum += q;
+        }
+        if (i < slice.rows()) sums[i] += sum;
+        if (!masked) {
+          std::memcpy(values, quantised_weights.data(), kMaskColumns);
+          values += kMaskColumns;
+          continue;
+        }
+        *masks++ = mask_of<kMaskColumns>(weights.data());
+        for (std::uint32_t c = 0; c < kMaskColumns; ++c) {  // without a branch: the next one takes a zero's place
+          *values = static_cast<std::uint8_t>(quantised_weights[c]);
+          values += weights[c] != 0;
         }
       }
     }
   }
+  return filled_up(unit, values);
 }
 
 // The header with the offsets of all that comes before the units, and in `bytes` where these begin.
@@ -225,7 +251,7 @@ Header make_sections(std::uint32_t rows, std::uint32_t columns, Format format, b
   return h;
 }
 
-// Bytes of a unit without a single zero.
+// Bytes of a unit without a single zero. One more may be written, past the last weight of 8 bits.
 std::uint64_t most_unit_bytes(const Header& h, std::uint32_t slice, std::uint32_t panel) {
   const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, panel);
   if (!is_packed(h.format)) {
@@ -233,35 +259,38 @@ std::uint64_t most_unit_bytes(const Header& h, std::uint32_t slice, std::uint32_
     return round_up<std::uint64_t>(stored * (sizeof(std::uint64_t) + kMaskColumns), kAlignment);
   }
   const std::uint32_t groups = groups_of(rows);
-  return unit_bytes(h, groups, blocks, std::uint64_t{blocks} * kBlockColumns * groups);
+  const std::uint64_t words = std::uint64_t{blocks} * kBlockColumns * groups * kLanes;
+  return round_up<std::uint64_t>(words_offset(groups, blocks) + words * word_bytes(h.format), kAlignment);
 }
 
 template <class Word>
 void unpack_unit(const Packed& packed, std::uint32_t slice, std::uint32_t panel, float* weights, std::uint8_t* mask) {
   const Header& h = *packed.header;
   const std::uint8_t* unit = packed.data + packed.units[std::uint64_t{slice} * h.panels + panel];
-  const std::uint32_t groups = groups_of(rows_of(h, slice)), blocks = blocks_of(h, panel);
+  const std::uint32_t rows = rows_of(h, slice), groups = groups_of(rows), blocks = blocks_of(h, panel);
   auto* words = reinterpret_cast<const Word*>(unit + words_offset(groups, blocks));
   std::array<std::uint8_t, kMaxRows> order{}, before{};  // the row at each place
   for (std::uint32_t i = 0; i < kMaxRows; ++i) before[i] = static_cast<std::uint8_t>(i);
   for (std::uint32_t block = 0; block < blocks; ++block) {
     const std::uint8_t* record = unit + std::uint64_t{block} * record_bytes(groups);
     for (std::uint32_t i = 0; i < groups * kLanes; ++i) order[i] = before[record[groups + i]];
-    for (std::uint32_t group = 0; group < groups; ++group) {
-      for (std::uint32_t step = 0; step < record[group]; ++step, words += kLanes) {
-        for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
-          const Word word = words[lane];
-          const std::uint32_t i = order[group * kLanes + lane];
-          if (word == 0 || i >= rows_of(h, slice)) continue;
-          const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + panel * h.panel_columns +
-                                   block * kBlockColumns + (word & (kBlockColumns - 1));
+    for (std::uint32_t group = 0; group < groups; words += record[group++] * kLanes) {
+      for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+        const std::uint32_t i = order[group * kLanes + lane];
+        if (i >= rows) continue;
+        const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + panel * h.panel_columns +
+                                 block * kBlockColumns;
+        const float scale = sizeof(Word) == 4 ? 0 : packed.scales[slice * h.slice_rows + i];
+        for (std::uint32_t step = 0; step < record[group]; ++step) {
+          const Word word = words[step * kLanes + lane];
+          if (word == 0) continue;
+          const std::uint32_t column = word & (kBlockColumns - 1);
           if constexpr (sizeof(Word) == 4) {
-            weights[at] = std::bit_cast<float>(word);
+            weights[at + column] = std::bit_cast<float>(word);
           } else {
-            weights[at] = static_cast<float>(static_cast<std::int16_t>(word) >> 5) *
-                          packed.scales[slice * h.slice_rows + i];
+            weights[at + column] = static_cast<float>(static_cast<std::int16_t>(word) >> 5) * scale;
           }
-          if (mask != nullptr) mask[at] = 1;
+          if (mask != nullptr) mask[at + column] = 1;
         }
       }
     }
@@ -281,13 +310,18 @@ void unpack_int8(const Packed& packed, std::uint32_t slice, float* weights, std:
     for (std::uint32_t block = 0; block < blocks; ++block) {
       for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {
         std::uint64_t bits = masked ? *masks++ : ~std::uint64_t{0};
+        if (i >= rows) {  // a second row that is not there
+          values += masked ? 0 : kMaskColumns;
+          continue;
+        }
+        const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + block * kMaskColumns;
+        const float scale = packed.scales[slice * h.slice_rows + i];
         for (; bits != 0; bits &= bits - 1) {
           const auto c = static_cast<std::uint32_t>(std::countr_zero(bits));
           const auto value = static_cast<float>(*values++);
-          if (i >= rows || c >= mask_width(h, block)) continue;
-          const std::uint64_t at = std::uint64_t{matrix_row(h, slice, i)} * h.columns + block * kMaskColumns + c;
-          weights[at] = value * packed.scales[slice * h.slice_rows + i];
-          if (mask != nullptr) mask[at] = 1;
+          if (c >= mask_width(h, block)) continue;
+          weights[at + c] = value * scale;
+          if (mask != nullptr) mask[at + c] = 1;
         }
       }
     }
@@ -309,50 +343,43 @@ std::uint64_t most_bytes(std::uint64_t rows, std::uint64_t columns, Format forma
   return bytes;
 }
 
-Layout layout_of(const float* weights, std::uint64_t rows, std::uint64_t columns, Format format, bool paired,
-                 const char*& problem) {
-  problem = nullptr;
-  Layout layout{make_sections(static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired),
-                {}};
-  Header& h = layout.header;
+std::uint64_t pack(const float* weights, std::uint64_t rows, std::uint64_t columns, Format format, bool paired,
+                   std::uint8_t* out, const char*& problem) {
+  Header h = make_sections(static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(columns), format, paired);
+  bool finite = true;
   for (std::uint64_t i = 0; i < rows * columns; ++i) {
-    if (!std::isfinite(weights[i])) problem = "a weight is infinite or not a number";
+    finite &= std::fabs(weights[i]) <= FLT_MAX;
     h.nonzeros += weights[i] != 0;
   }
-  if (problem != nullptr) return layout;
-  std::uint64_t end = h.bytes;
-  for (std::uint32_t s = 0; s < h.slices; ++s) {
-    Slice slice(weights, h, s);
-    for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
-      layout.units.push_back(end);
-      end += is_packed(format) ? packed_unit_bytes(slice, h, panel) : int8_unit_bytes(slice, h);
-    }
-  }
-  layout.units.push_back(end);
-  h.bytes = end + kOverread;
-  return layout;
-}
-
-void pack(const float* weights, const Layout& layout, std::uint8_t* out) {
-  const auto& [h, units] = layout;
+  problem = finite ? nullptr : "a weight is infinite or not a number";
+  if (!finite) return 0;
   std::memset(out, 0, h.bytes);
-  std::memcpy(out, &h, sizeof(h));
-  std::memcpy(out + sizeof(Header), units.data(), units.size() * sizeof(std::uint64_t));
+  auto* units = reinterpret_cast<std::uint64_t*>(out + sizeof(Header));
   auto* scales = h.scales == 0 ? nullptr : reinterpret_cast<float*>(out + h.scales);
   auto* sums = h.sums == 0 ? nullptr : reinterpret_cast<std::int32_t*>(out + h.sums);
+  std::uint8_t* end = out + h.bytes;
   for (std::uint32_t s = 0; s < h.slices; ++s) {
     Slice slice(weights, h, s);
     const std::uint64_t first = std::uint64_t{s} * h.slice_rows;
     for (std::uint32_t i = 0; scales != nullptr && i < slice.rows(); ++i) {
-      scales[first + i] = row_scale(slice.row(i), h.columns, is_packed(h.format) ? kLevels16 : kLevels8);
+      scales[first + i] = row_scale(slice.row(i), h.columns, is_packed(format) ? kLevels16 : kLevels8);
     }
     for (std::uint32_t panel = 0; panel < h.panels; ++panel) {
-      std::uint8_t* unit = out + units[std::uint64_t{s} * h.panels + panel];
-      if (h.format == Format::packed32) write_packed_unit<std::uint32_t>(slice, h, panel, nullptr, unit);
-      if (h.format == Format::packed16) write_packed_unit<std::uint16_t>(slice, h, panel, scales + first, unit);
-      if (!is_packed(h.format)) write_int8_unit(slice, h, scales + first, sums + first, unit);
+      *units++ = static_cast<std::uint64_t>(end - out);
+      if (format == Format::packed32) {
+        end = write_packed_unit<std::uint32_t>(slice, h, panel, nullptr, end);
+      } else if (format == Format::packed16) {
+        end = write_packed_unit<std::uint16_t>(slice, h, panel, scales + first, end);
+      } else {
+        end = write_int8_unit(slice, h, scales + first, sums + first, end);
+      }
     }
   }
+  *units = static_cast<std::uint64_t>(end - out);
+  std::memset(end, 0, kOverread);
+  h.bytes = *units + kOverread;
+  std::memcpy(out, &h, sizeof(h));
+  return h.bytes;
 }
 
 void unpack(const Packed& packed, float* weights, std::uint8_t* mask) {
