@@ -5,9 +5,10 @@
         [--prompt 1] [--new-tokens 16] [--repetitions 3] …
 
 Each level is pruned, exported, measured beside the dense model, and deleted again, so that ten levels take the disk of
-two: 30 GB at 1.1B parameters in fp32. ONNX Runtime multiplies zeros like any other number, so that its dense row stands
-for all levels; named in --engines, it is measured at each. Results gather in OUT as `owl-deploy bench` writes them. A
-run that was killed goes on with the level it was in; levels whose rows are there are skipped.
+two: 30 GB at 1.1B parameters in fp32. While its engines are loaded and checked the next level is pruned: load times are
+measured beside that, and all else alone. ONNX Runtime multiplies zeros like any other number, so that its dense row
+stands for all levels; named in --engines, it is measured at each. Results gather in OUT as `owl-deploy bench` writes
+them. A run that was killed goes on with the level it was in; levels whose rows are there are skipped.
 
 Without --model the weights are random. They have no outliers, so OWL would have nothing to go by: blocks are pruned by
 magnitude, from S - 0.08 for the first to S + 0.08 for the last, which is as uneven as OWL with its lambda of 0.08. With
@@ -27,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from owl_deploy.bench.machine import available_cores
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.rows import RESULTS, read_rows
 from owl_deploy.bench.run import Request, bench_bundles
-from owl_deploy.bench.sweep import Level, make_level
+from owl_deploy.bench.sweep import Level, make_level, prune_level
 from owl_deploy.checkpoints.source import ModelSource, resolve_model
 from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines
 from owl_deploy.errors import CheckFailed, UserError
@@ -126,12 +127,12 @@ class Table8:
             for specs in (self._dense_engines, *([peer] for peer in self._peers)):
                 names = ", ".join(spec.name for spec in specs)
                 self._step("dense", f"export for {names}", lambda specs=specs: self._make(PruningPlan(0.0), specs))
-        for sparsity in missing:
-            directory = self._directory(sparsity)
-            plan = PruningPlan(sparsity, **(REAL if self._arguments.model else RANDOM))
-            self._step(f"{sparsity:g}", "prune and export", lambda plan=plan: self._make(plan, self._engines))
+        for index, sparsity in enumerate(missing):
+            name, directory = f"{sparsity:g}", self._directory(sparsity)
+            self._step(name, "prune and export", lambda level=sparsity: self._make(self._plan(level), self._engines))
             shutil.rmtree(directory / "checkpoint")
-            report = self._step(f"{sparsity:g}", "measure", lambda directory=directory: self._measure(directory))
+            ahead = missing[index + 1 : index + 2]
+            report = self._step(name, "measure", lambda made=directory, ahead=ahead: self._measure(made, ahead))
             shutil.rmtree(directory)
         if not self._arguments.keep:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -174,6 +175,14 @@ class Table8:
         }
         return found >= {spec.name for spec in self._engines}
 
+    def _plan(self, sparsity: float) -> PruningPlan:
+        return PruningPlan(sparsity, **(REAL if self._arguments.model else RANDOM))
+
+    def _level(self, plan: PruningPlan, engines: list[EngineSpec]) -> Level:
+        source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
+        texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
+        return Level(source, self._work, plan, texts, tuple(engines))
+
     def _make_dense(self) -> None:
         """The dense checkpoint: written, or linked to."""
         checkpoint = self._directory(0) / "checkpoint"
@@ -200,14 +209,16 @@ class Table8:
             if all(spec.flavors[0] in (*made.flavors, *made.unsupported) for spec in engines):
                 return
         self._processes.keep(_KEPT_BYTES)
-        source = ModelSource(self._arguments.model or "random weights", self._directory(0) / "checkpoint")
-        texts = Calibration(self._arguments.calibration, self._arguments.samples, self._arguments.seqlen)
-        level = Level(source, self._work, plan, texts, tuple(engines))
-        spawned = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawned, initializer=_end_with_parent) as pool:
-            pool.submit(_make_level, level).result()
+        with _maker() as pool:
+            pool.submit(_make_level, self._level(plan, engines)).result()
 
-    def _measure(self, directory: Path) -> Path:
+    def _measure(self, directory: Path, ahead: list[float]) -> Path:
+        """Measure a level; while its engines are loaded and checked, the one `ahead`, if there is one, is pruned."""
+        with _maker() as pool:
+            pruned = [pool.submit(prune_level, self._level(self._plan(level), [])) for level in ahead]
+            return self._measured_alone(directory, lambda: wait(pruned))  # its errors are met again by `_make`
+
+    def _measured_alone(self, directory: Path, alone: Callable[[], object]) -> Path:
         asked = self._arguments
         engines = list(dict.fromkeys([*self._engines, *self._dense_engines, *self._peers]))
         request = Request(
@@ -225,7 +236,11 @@ class Table8:
         bundles = [self._directory(0) / "bundle", directory / "bundle"]
         command = shlex.join(["python", *sys.argv])
         _, report = bench_bundles(
-            bundles, engines, request, self._out, command=command, processes=self._processes, reporter=self._reporter
+            *(bundles, engines, request, self._out),
+            command=command,
+            processes=self._processes,
+            alone=alone,
+            reporter=self._reporter,
         )
         return report
 
@@ -243,6 +258,11 @@ class Table8:
             writer.writerow([level, name, f"{seconds:.1f}", f"{cpu_seconds:.1f}"])
         self._reporter.step(f"{level}: {name} took {seconds:.0f} s, {cpu_seconds:.0f} CPU-seconds")
         return result
+
+
+def _maker() -> ProcessPoolExecutor:
+    """A process for work whose memory is to be free again after it."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:

@@ -16,12 +16,14 @@ import psutil
 import pytest
 
 from owl_deploy.bench import processes
+from owl_deploy.bench.run import Request, bench_bundles
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
 from owl_deploy.export.bundle import MANIFEST
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.files import locked
+from owl_deploy.reporting import SILENT
 
 from .conftest import TESTS, RunCli, TinyModel
 
@@ -128,6 +130,21 @@ def test_wrong_numbers_are_not_timed(
         assert "logits differ" in rows[name]["error"]
         assert rows[name]["samples_ms"]["decode"] == []
     assert rows["onnxruntime"]["status"] == "ok"
+
+
+def test_nothing_is_timed_before_the_caller_is_done_with_other_work(
+    bundle: Path, hostile: Register, tmp_path: Path
+) -> None:
+    log = tmp_path / "out" / "measurements.jsonl"
+    kinds: list[list[str]] = []
+
+    def alone() -> None:
+        kinds.append([json.loads(line)["kind"] for line in log.read_text().splitlines()])
+
+    engines = [ENGINES[name] for name in hostile("Honest", "Compiling")]
+    request = Request((8,), (1,), 4, 2, 1, text=None, seqlen=None, windows=1, max_load=99)
+    bench_bundles([bundle], engines, request, tmp_path / "out", alone=alone, reporter=SILENT)
+    assert kinds == [["setup", "setup"], ["setup", "setup", "round", "round"]]
 
 
 def test_where_memory_is_short_what_takes_long_to_load_stays(

@@ -22,13 +22,11 @@ from owl_deploy.sparse.library import library_path
 from .conftest import TESTS
 
 KILLED = """
-import multiprocessing, os, time
-from concurrent.futures import ProcessPoolExecutor
-from table8 import _end_with_parent
+import os, time
+from table8 import _maker
 
 if __name__ == "__main__":
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawned, initializer=_end_with_parent) as pool:
+    with _maker() as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """
@@ -95,21 +93,25 @@ def test_levels_join_those_that_are_there(table8: Table8, tmp_path: Path) -> Non
     assert {(row.method, row.allocation) for row in before if not row.is_dense} == {("magnitude", "linear")}
     assert all(row.status == "ok" and row.speedup_fastest_dense for row in before)
 
-    second = table8(out, "0.5,0.7")
+    second = table8(out, "0.5,0.6,0.7")
     assert second.code == 0, second.stderr
-    assert "1 of 2 levels are there" in second.stderr
+    assert "1 of 3 levels are there" in second.stderr
+    assert "0.6/checkpoint: already made" not in second.stderr
+    assert "0.7/checkpoint: already made" in second.stderr  # while 60% was measured
     after = read_rows(out / "results.jsonl")
-    assert of(after) == [(engine, level) for engine in ("onnxruntime", "sparse-packed32") for level in (0.5, 0.7)]
+    levels = (0.5, 0.6, 0.7)
+    assert of(after) == [(engine, level) for engine in ("onnxruntime", "sparse-packed32") for level in levels]
     kept = {row.identity: row for row in after}
     for row in before:
         if not row.is_dense:
             assert kept[row.identity] == row
     assert not (out / "work").exists()
     steps = [line.split(",")[:2] for line in (out / "steps.csv").read_text().splitlines()[1:]]
-    assert [step for level, step in steps if level in ("0.5", "0.7")] == ["prune and export", "measure"] * 2
+    of_levels = [[f"{level}", step] for level in levels for step in ("prune and export", "measure")]
+    assert [step for step in steps if step[0] != "dense"] == of_levels
 
     measured = (out / "measurements.jsonl").read_bytes()
-    third = table8(out, "0.5,0.7")
+    third = table8(out, "0.5,0.6,0.7")
     assert third.code == 0, third.stderr
     assert (out / "measurements.jsonl").read_bytes() == measured
     assert not (out / "work").exists()

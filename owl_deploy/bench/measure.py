@@ -151,6 +151,7 @@ class Bench:
         *,
         max_load: float,
         timeout_s: float = REQUEST_TIMEOUT_S,
+        alone: Callable[[], object] = lambda: None,
         reporter: Reporter,
     ) -> None:
         """
@@ -158,12 +159,14 @@ class Bench:
             processes: where engines stay loaded.
             max_load: how many cores other processes may keep busy before measuring is refused.
             timeout_s: how long an engine may take to answer before it counts as hung.
+            alone: returns when what the caller does beside loading and checking is over, and may be timed.
         """
         self.configurations = configurations
         self._workload = workload
         self._log = log
         self._max_load = max_load
         self._timeout_s = timeout_s
+        self._alone = alone
         self._reporter = reporter
         self._errors: dict[str, str] = {}
         self._processes = processes
@@ -231,6 +234,7 @@ class Bench:
                 if self.setup(item) is None and item.name not in self._errors:  # as part of another group
                     self._check(item)
             for name in self._missing_rounds(group):
+                self._alone()
                 self._wait_for_quiet()
                 for item in group:
                     yield partial(self._time, item, name)

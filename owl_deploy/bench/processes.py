@@ -13,7 +13,7 @@ import psutil
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.registry import EngineSpec
 
-_MEMORY_SHARE = 0.7  # of what was free: idle engines stay loaded as long as they fit in it
+_MEMORY_SHARE = 0.8  # of what was free: engines stay loaded as long as they fit in it together
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Load:
     context: int
     prompts: tuple[int, ...]
     batch: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its files: about what it will take."""
+        return sum(file.stat().st_size for file in self.model.parent.rglob("*") if file.is_file())
 
 
 class Processes:
@@ -55,6 +60,7 @@ class Processes:
         process = self._idle.pop(load, None)
         try:
             if process is None:
+                self.keep(self._budget_bytes - load.bytes)
                 process = EngineProcess(load.spec, load.threads)
                 process.load(
                     load.model,

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,7 @@ def bench_bundles(
     *,
     command: str | None = None,
     processes: Processes | None = None,
+    alone: Callable[[], object] = lambda: None,
     reporter: Reporter,
 ) -> tuple[list[Row], Path]:
     """Measure every engine on every bundle; the rows, and the path of the report.
@@ -79,6 +80,7 @@ def bench_bundles(
     Args:
         command: the command line that the report names; None for this process's own.
         processes: engines that are loaded already, and stay so for a later call; None ends them all.
+        alone: returns when what the caller does beside loading and checking engines is over.
 
     What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
     workloads stay in the report.
@@ -110,6 +112,7 @@ def bench_bundles(
                     *(able, workload, log, loaded),
                     max_load=request.max_load,
                     timeout_s=request.timeout_s,
+                    alone=alone,
                     reporter=reporter,
                 )
                 bench.run()

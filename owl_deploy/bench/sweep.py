@@ -17,7 +17,7 @@ from owl_deploy.export.names import Flavor
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
-from owl_deploy.reporting import Reporter
+from owl_deploy.reporting import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Level:
     plan: PruningPlan
     calibration: Calibration
     engines: tuple[EngineSpec, ...]
+
+    @property
+    def directory(self) -> Path:
+        return self.out / f"{self.plan.sparsity:g}"
 
     def __str__(self) -> str:
         return f"sparsity {self.plan.sparsity:g}"
@@ -83,23 +87,27 @@ def make_levels(
 
 def make_level(level: Level, reporter: Reporter) -> None:
     """Prune and export one level."""
-    directory = level.out / f"{level.plan.sparsity:g}"
     reporter.step(str(level))
     if level.plan.sparsity > 0:
-        prune_checkpoint(
-            ModelSource(level.source.name, level.out / "0" / "checkpoint"),
-            directory / "checkpoint",
-            level.plan,
-            level.calibration,
-            statistics_file=level.out / "statistics.safetensors",
-            reporter=reporter,
-        )
-    _export(level, directory / "checkpoint", directory / "bundle", reporter)
+        prune_level(level, reporter)
+    _export_level(level, reporter)
 
 
-def _export(level: Level, checkpoint: Path, bundle: Path, reporter: Reporter) -> None:
+def prune_level(level: Level, reporter: Reporter = SILENT) -> None:
+    """Prune one level, unless that is done."""
+    prune_checkpoint(
+        ModelSource(level.source.name, level.out / "0" / "checkpoint"),
+        level.directory / "checkpoint",
+        level.plan,
+        level.calibration,
+        statistics_file=level.out / "statistics.safetensors",
+        reporter=reporter,
+    )
+
+
+def _export_level(level: Level, reporter: Reporter) -> None:
     """The flavor that each engine runs best; the next best ones where a family has no graph of that flavor."""
-    engines = level.engines
+    engines, bundle = level.engines, level.directory / "bundle"
     best = list(dict.fromkeys(engine.flavors[0] for engine in engines))
     reference = engine_spec("onnxruntime").flavors  # what other engines' logits are compared with
     if not all(engine.checked_at_export for engine in engines) and not set(best) & set(reference):
@@ -107,7 +115,7 @@ def _export(level: Level, checkpoint: Path, bundle: Path, reporter: Reporter) ->
     others = list(dict.fromkeys(flavor for engine in engines for flavor in engine.flavors[1:]))
 
     def export(flavors: Sequence[Flavor]) -> BundleManifest:
-        like = level.out / "0" / "bundle"
+        checkpoint, like = level.directory / "checkpoint", level.out / "0" / "bundle"
         return export_checkpoint(checkpoint, bundle, flavors, name=level.source.name, like=like, reporter=reporter)
 
     try:
