@@ -74,9 +74,9 @@ table7: install  ## seconds for the pruning metric
 	$(call TABLE,efficiency) --sparsities 0.7
 
 # MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
-table8: install engines  ## decode latency at 10% to 90% in DeepSparse and our engine: 30 GB of disk
+table8: install engines  ## decode latency at 10% to 90% in DeepSparse and our engine: under 40 minutes, 30 GB of disk
 	$(BIN)/python benchmarks/table8.py $(TABLES)/$(if $(filter demo,$(MODEL)),tinyllama-geometry,$(notdir $(MODEL)))/$@ \
-	  $(if $(LEVELS),--sparsities $(LEVELS)) $(if $(PEERS),--dense-engines $(PEERS)) \
+	  $(if $(LEVELS),--sparsities $(LEVELS)) $(if $(ENGINES),--engines $(ENGINES)) $(if $(PEERS),--dense-engines $(PEERS)) \
 	  $(if $(filter-out demo,$(MODEL)),--model $(MODEL) $(STUDY_TEXT) --text $(TEXT))
 
 # Random weights at the geometry of TinyLlama-1.1B, the paper's: 25 GB of disk, 20 GB of memory, half an hour.

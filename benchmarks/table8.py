@@ -1,7 +1,7 @@
 """The paper's Table 8: decode latency by sparsity at TinyLlama-1.1B's geometry, one level after the other.
 
     python benchmarks/table8.py OUT [--model MODEL --calibration TEXT --text TEXT] [--sparsities 0.1:0.9:0.1]
-        [--engines deepsparse,sparse] [--dense-engines onnxruntime,onnxruntime-int4,llama.cpp-q4_0]
+        [--engines deepsparse,sparse-packed32,sparse-int8] [--dense-engines onnxruntime,onnxruntime-int4,llama.cpp-q4_0]
         [--prompt 1] [--new-tokens 16] [--repetitions 3] …
 
 Each level is pruned, exported, measured beside the dense model, and deleted again, so that ten levels take the disk of
@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--text", default="wikitext2", help="of --model: for its prompt and perplexity")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows")
     parser.add_argument("--sparsities", default="0.1:0.9:0.1", help="the dense level is always measured")
-    parser.add_argument("--engines", default="deepsparse,sparse")
+    parser.add_argument("--engines", default="deepsparse,sparse-packed32,sparse-int8")
     parser.add_argument("--dense-engines", default="onnxruntime", help="engines that run the dense model alone")
     parser.add_argument("--prompt", type=int, default=1, help="more than 1 makes DeepSparse compile a second graph")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -215,8 +215,10 @@ class Table8:
     def _measure(self, directory: Path, ahead: list[float]) -> Path:
         """Measure a level; while its engines are loaded and checked, the one `ahead`, if there is one, is pruned."""
         with _maker() as pool:
-            pruned = [pool.submit(prune_level, self._level(self._plan(level), [])) for level in ahead]
-            return self._measured_alone(directory, lambda: wait(pruned))  # its errors are met again by `_make`
+            for level in ahead:
+                pool.submit(prune_level, self._level(self._plan(level), []))
+            # Its errors are met again by `_make`; its memory is free once it is shut down.
+            return self._measured_alone(directory, pool.shutdown)
 
     def _measured_alone(self, directory: Path, alone: Callable[[], object]) -> Path:
         asked = self._arguments

@@ -67,7 +67,7 @@ def check_parity(
         UnsupportedFamily: ONNX Runtime cannot run the graph (GroupQueryAttention wants heads of 16, 32, … elements).
     """
     try:
-        engine = engine_class(graph, threads=torch.get_num_threads(), context=len(ids))
+        engine = engine_class(graph, threads=torch.get_num_threads(), context=len(ids), rearrange=False)
         at_once, decoded = engine_logits(engine, ids)
     except Exception as error:  # its exceptions have no base of their own
         reason = str(error).strip().splitlines()[0].partition("Status Message: ")
