@@ -187,6 +187,23 @@ def test_the_command_measures_engines_of_our_own_environment(peers: Peers, run_c
     check_rows(bench(peers, run_cli, tmp_path, ("onnxruntime-int8", "onnxruntime-int4", "torch")))
 
 
+def test_where_onnxruntime_is_not_measured_packed32_takes_its_place(
+    peers: Peers, run_cli: RunCli, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    export_checkpoint(peers.checkpoint, bundle, ("torch", "sparse-packed32"))
+    ran = run_cli(
+        *("bench", bundle, "--engines", "torch,sparse-packed32", "-o", tmp_path / "out", "--json"),
+        *("--prompt", 24, "--new-tokens", 4, "--repetitions", 1, "--threads", 1, "--max-load", 99),
+    )
+    assert ran.code == 0, ran.stderr
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    references = {row["engine"]: row["parity"]["reference"] for row in rows}
+    assert references == {"torch": "sparse-packed32", "sparse-packed32": "torch"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Parity of torch with sparse-packed32" in text
+
+
 @pytest.mark.openvino
 def test_the_command_measures_openvino(peers: Peers, run_cli: RunCli, tmp_path: Path, openvino_python: Path) -> None:
     assert openvino_python.is_file()

@@ -159,7 +159,7 @@ class Bench:
             processes: where engines stay loaded.
             max_load: how many cores other processes may keep busy before measuring is refused.
             timeout_s: how long an engine may take to answer before it counts as hung.
-            alone: returns when what the caller does beside loading and checking is over, and may be timed.
+            alone: called before each round; returns when the caller has ended its own work beside ours.
         """
         self.configurations = configurations
         self._workload = workload

@@ -80,7 +80,7 @@ def bench_bundles(
     Args:
         command: the command line that the report names; None for this process's own.
         processes: engines that are loaded already, and stay so for a later call; None ends them all.
-        alone: returns when what the caller does beside loading and checking engines is over.
+        alone: called before each round; returns when the caller has ended its own work beside ours.
 
     What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
     workloads stay in the report.
