@@ -43,6 +43,7 @@ TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
 TASK_DATA ?=
 LIMIT ?=
 LEVELS ?=
+ENGINES ?=
 PEERS ?=
 TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@ $(STUDY_TEXT)
 
