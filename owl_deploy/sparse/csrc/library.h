@@ -20,7 +20,8 @@ OWL_EXPORT int owl_abi();
 OWL_EXPORT const char* owl_instruction_sets();
 
 // Pack fp32 weights [rows, columns], row-major. With `out` null, returns the most bytes that a matrix of this shape can
-// take; otherwise writes to `out` (aligned to 64, with a `capacity` of so many) and returns how many. -1: see owl_error().
+// take; otherwise writes to `out` (aligned to 64, with a `capacity` of so many) and returns how many it took. -1: see
+// owl_error().
 OWL_EXPORT std::int64_t owl_pack(const float* weights, std::int64_t rows, std::int64_t columns, int format, int paired,
                                  std::uint8_t* out, std::int64_t capacity);
 

@@ -115,7 +115,9 @@ class Slice {
       ++start[kBlockColumns - counts_[i] + 1];
     }
     for (std::uint32_t n = 1; n < start.size(); ++n) start[n] += start[n - 1];
-    for (std::uint32_t i = 0; i < padded; ++i) order_[start[kBlockColumns - counts_[i]]++] = static_cast<std::uint8_t>(i);
+    for (std::uint32_t i = 0; i < padded; ++i) {
+      order_[start[kBlockColumns - counts_[i]]++] = static_cast<std::uint8_t>(i);
+    }
   }
 
   // Of the block that was arranged: a row's values, and which of them are not zero; the rows in their order, and how
