@@ -35,7 +35,6 @@ from typing import Any
 from random_checkpoint import add_geometry, geometry, write_random
 from rich.console import Console
 
-from owl_deploy.bench.machine import available_cores
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.rows import RESULTS, read_rows
 from owl_deploy.bench.run import Request, bench_bundles
@@ -51,6 +50,7 @@ from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration
 from owl_deploy.report.tables import terminal_table
 from owl_deploy.reporting import Reporter
+from owl_deploy.threads import available_cores
 
 HALF_RANGE = 0.08  # of block sparsities: OWL's lambda (paper, Table 15)
 RANDOM = {"method": "magnitude", "allocation": "linear", "half_range": HALF_RANGE}

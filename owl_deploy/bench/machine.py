@@ -14,6 +14,7 @@ import torch
 
 from owl_deploy.bench.rows import Machine
 from owl_deploy.engines.cpu import instruction_set, instruction_sets
+from owl_deploy.threads import available_cores
 
 MEMORY_SET_BYTES = 512 * 2**20  # past most caches
 _NUMA = Path("/sys/devices/system/node")
@@ -65,11 +66,6 @@ def cpu_model() -> str:
     lines = path.read_text().splitlines() if path.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_level_cache_bytes() -> int | None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.machine import available_cores, busy_cores, cpu_model, load_average
+from owl_deploy.bench.machine import busy_cores, cpu_model, load_average
 from owl_deploy.bench.processes import Load, Processes
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
@@ -33,6 +33,7 @@ from owl_deploy.export.parity import REFERENCES, ParityRecord, compare
 from owl_deploy.files import disk_errors, write_text
 from owl_deploy.pruning.manifest import fingerprint
 from owl_deploy.reporting import Reporter
+from owl_deploy.threads import available_cores
 
 MEASUREMENTS = "measurements.jsonl"
 _WARM_UP_TOKENS = 8

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.machine import available_cores, describe_machine
+from owl_deploy.bench.machine import describe_machine
 from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.results import make_rows
@@ -31,6 +31,7 @@ from owl_deploy.files import disk_errors, locked
 from owl_deploy.report.write import write_report
 from owl_deploy.reporting import Reporter
 from owl_deploy.text.windows import TokenWindows, check_windows, evaluation_windows
+from owl_deploy.threads import available_cores
 
 _PROMPT_SEED = 0
 

@@ -64,9 +64,9 @@ def generate(
         raise UserError(f"--repetition-penalty {repetition_penalty}: give a number above 0; 1 is none")
     text = _stdin() if prompt == "-" else prompt
 
-    from owl_deploy.bench.machine import available_cores
     from owl_deploy.generation.model import Sampling
     from owl_deploy.generation.run import generate_text
+    from owl_deploy.threads import available_cores
 
     sampling = Sampling(
         temperature=temperature,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from owl_deploy.bench.machine import (
     MEMORY_SET_BYTES,
-    available_cores,
     busy_cores,
     cpu_model,
     last_level_cache_bytes,
@@ -27,6 +26,7 @@ from owl_deploy.roofline.profile import Profile, by_operator, profile_decode
 from owl_deploy.roofline.records import BandwidthRecord, FlavorFigures, KindFigures, MatrixFigures, Roofline
 from owl_deploy.roofline.traffic import KINDS, Matrix, Traffic, read_traffic
 from owl_deploy.sparse.library import library_path
+from owl_deploy.threads import available_cores
 
 ATTENTION, REST, MATRICES, TOKEN = "attention, KV cache", "other operators", "all matrices", "whole token"
 
