@@ -25,6 +25,7 @@ from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
 from owl_deploy.sparse import library
 from owl_deploy.sparse.audit import check_stored
+from owl_deploy.sparse.graph import write_sparse
 from owl_deploy.sparse.selection import choose
 
 from .conftest import RunCli, TinyModel
@@ -186,6 +187,18 @@ def test_a_model_that_differs_in_more_than_its_linears_is_lent_nothing(
     assert made == ["graph"]
     export_checkpoint(checkpoint, tmp_path / "no-such-bundle", ["sparse-packed32"], like=tmp_path / "nothing")
     assert made == ["graph", "graph"]
+
+
+def test_a_matrix_that_holds_more_than_its_linears_stays_as_it_is(bundle: Path, tmp_path: Path) -> None:
+    dense, out = bundle / "genai" / "model.onnx", tmp_path / "model.onnx"
+    name = "model.layers.0.mlp.down_proj.MatMul.weight"
+    whole = next(
+        tensor for tensor in onnx.load(dense, load_external_data=False).graph.initializer if tensor.name == name
+    )
+    part = np.ascontiguousarray(external_array(dense, whole).T[:-1])
+    assert write_sparse(dense, out, weights="packed32", head="fp32", linears={name: {"part": part}}) == []
+    kept = next(tensor for tensor in onnx.load(out, load_external_data=False).graph.initializer if tensor.name == name)
+    assert np.array_equal(external_array(out, kept), external_array(dense, whole))
 
 
 def test_tied_weights_are_stored_once_and_still_shared(tiny_model: TinyModel, reference: Path, tmp_path: Path) -> None:

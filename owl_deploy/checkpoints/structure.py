@@ -46,6 +46,11 @@ class Block:
         """Number of weights by linear."""
         return {name: linear.weight.numel() for name, linear in self.linears.items()}
 
+    @property
+    def zeros(self) -> int:
+        """Number of weights in the linears that are 0."""
+        return sum(zeros(linear) for linear in self.linears.values())
+
     def full_name(self, linear: str) -> str:
         """The module path of one of the linears, from the model."""
         return f"{self.name}.{linear}"

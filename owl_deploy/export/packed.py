@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.checkpoints.shards import as_bytes
-from owl_deploy.checkpoints.structure import find_blocks, matrix_of, zeros
+from owl_deploy.checkpoints.structure import find_blocks, matrix_of
 from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.export.audit import audit_graph
-from owl_deploy.export.bundle import GRAPH, MANIFEST, AuditRecord, PackedRecord, read_bundle
+from owl_deploy.export.bundle import GRAPH, MANIFEST, AuditRecord, PackedRecord, exporter_versions, read_bundle
 from owl_deploy.export.genai import write_genai
 from owl_deploy.export.names import Head, Weights
 from owl_deploy.sparse.audit import check_stored, rows_of_parts, stored_parts
@@ -45,17 +45,19 @@ class DenseGraph:
         if audit is not None:
             self.directory, self.audit = directory, audit
 
-    def borrow(self, bundle: Path, versions: dict[str, str]) -> None:
+    def borrow(self, bundle: Path) -> None:
         """Take the genai flavor of another bundle, if it has one and its model differs in blocks' linears alone."""
         lender = read_bundle(bundle) if (bundle / MANIFEST).is_file() else None
-        if lender is None or lender.versions != versions or lender.frame_sha256 != self.frame_sha256:
+        if lender is None or lender.versions != exporter_versions() or lender.frame_sha256 != self.frame_sha256:
             return
         genai = lender.flavors.get("genai")
         if genai is None or genai.audit is None:
             return
-        own = [linear for block in find_blocks(self.model) for linear in block.linears.values()]
-        if sum(len(found) for found in _linears_of_parts(self.model, genai.audit).values()) == len(own) + 1:
-            audit = genai.audit.model_copy(update={"zeros": sum(zeros(linear) for linear in own)})
+        blocks = find_blocks(self.model)
+        of_parts = _linears_of_parts(self.model, genai.audit)
+        placed = sum(len(linears) for part, linears in of_parts.items() if part != HEAD)
+        if placed == sum(len(block.linears) for block in blocks):
+            audit = genai.audit.model_copy(update={"zeros": sum(block.zeros for block in blocks)})
             self.directory, self.audit = bundle / "genai", audit
 
     @cached_property

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks, zeros
+from owl_deploy.checkpoints.structure import find_blocks
 from owl_deploy.engines.protocol import TokenIds
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UnsupportedFamily, UserError
@@ -100,7 +100,7 @@ def export_checkpoint(
         if made is not None and "genai" in made.flavors:
             dense.use(out / "genai", made.flavors["genai"].audit)
         elif like is not None and "genai" not in flavors:
-            dense.borrow(like, exporter_versions())
+            dense.borrow(like)
         for flavor in sorted(flavors, key=lambda flavor: weights_of(flavor) is not None):  # packed ones last
             reporter.step(f"exporting {flavor}")
             try:
@@ -228,8 +228,7 @@ _EXPORTERS: dict[Flavor, Callable[[Path, Path, bool], tuple[str, str]]] = {"stan
 def _sparsity(model: PreTrainedModel) -> float:
     """Zeros among the weights of its blocks' linears."""
     blocks = find_blocks(model)
-    found = sum(zeros(linear) for block in blocks for linear in block.linears.values())
-    return found / sum(block.weights for block in blocks)
+    return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

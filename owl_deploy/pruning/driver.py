@@ -184,12 +184,11 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def _record(block: Block, share: BlockShare, linears: list[LinearRecord]) -> BlockRecord:
-    pruned = sum(zeros(linear) for linear in block.linears.values())
     return BlockRecord(
         name=block.name,
         weights=block.weights,
         lod_percent=share.lod_percent,
         sparsity_asked=share.mean(block.sizes),
-        sparsity_achieved=pruned / block.weights,
+        sparsity_achieved=block.zeros / block.weights,
         linears=linears,
     )

@@ -166,7 +166,7 @@ def _parity(rows: Sequence[Row]) -> list[str]:
         if records:
             worst = max(max(record.max_abs_difference, record.max_abs_difference_with_past) for record in records)
             agreement = min(record.argmax_agreement for record in records)
-            references = " and ".join(dict.fromkeys(record.reference for record in records))
+            references = enumeration(list(dict.fromkeys(record.reference for record in records)))
             lines.append(
                 f"Parity of {engine} with {references}: logits differ by {worst:.1e} at most, the most "
                 f"likely token is the same at {percent(agreement)} of positions"

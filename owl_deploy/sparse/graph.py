@@ -109,6 +109,7 @@ def write_sparse(
         kept, embedding = _untied(kept, tensors)
         del model.graph.node[:]
         model.graph.node.extend(kept)
+        unpacked = {part for record in records if record.format == "fp32" for part in record.parts} - {HEAD}
         used = {name for node in kept for name in node.input} - {tensor.name for tensor in initializers}
         for name, tensor in tensors.items():
             if name not in used:
@@ -116,7 +117,7 @@ def write_sparse(
             values = external_array(dense, tensor)
             if name == embedding:
                 values = values.T
-            elif name in linears and name != HEAD:
+            elif name in unpacked:
                 values = transposed(_joined(linears[name]))
             small = values.nbytes <= _INLINE_BYTES
             initializers.append(

@@ -88,9 +88,8 @@ const char* check_packed_unit(const Header& h, const std::uint8_t* unit, std::ui
 const char* check_int8_unit(const Header& h, const std::uint8_t* unit, std::uint64_t length, std::uint32_t slice) {
   const std::uint64_t rows = rows_of(h, slice), stored = stored_rows(rows_of(h, slice)), blocks = blocks_of(h, 0);
   std::uint64_t values = stored * blocks * kMaskColumns;
-  std::uint64_t mask_bytes = 0;
+  const std::uint64_t mask_bytes = values_offset(h, rows_of(h, slice));
   if (h.format == Format::int8) {
-    mask_bytes = stored * blocks * sizeof(std::uint64_t);
     if (mask_bytes > length) return "a unit is too short";
     const std::uint32_t ragged = h.columns % kMaskColumns;
     const std::uint64_t beyond = ragged == 0 ? 0 : ~std::uint64_t{0} << ragged;

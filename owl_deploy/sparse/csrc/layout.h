@@ -68,5 +68,9 @@ static inline std::uint32_t word_bytes(Format format) { return format == Format:
 // A unit of the 8-bit formats: masks[pairs][blocks][2] if it has masks, then the weights in the order of those masks. A
 // pair's second row may be one that is not there, and is then empty.
 static inline std::uint32_t stored_rows(std::uint32_t rows) { return round_up(rows, kRowsTogether); }
+static inline std::uint64_t values_offset(const Header& header, std::uint32_t rows) {
+  if (header.format != Format::int8) return 0;
+  return std::uint64_t{stored_rows(rows)} * blocks_of(header, 0) * sizeof(std::uint64_t);
+}
 
 }  // namespace owl

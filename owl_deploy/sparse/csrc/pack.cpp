@@ -205,9 +205,8 @@ std::uint8_t* write_int8_unit(const Slice& slice, const Header& h, const float* 
                               std::uint8_t* unit) {
   const std::uint32_t blocks = blocks_of(h, 0), stored = stored_rows(slice.rows());
   const bool masked = h.format == Format::int8;
-  const std::uint64_t masks_bytes = masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0;
   auto* masks = reinterpret_cast<std::uint64_t*>(unit);
-  std::uint8_t* values = unit + masks_bytes;
+  std::uint8_t* values = unit + values_offset(h, slice.rows());
   for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
     for (std::uint32_t block = 0; block < blocks; ++block) {
       for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {
@@ -306,8 +305,7 @@ void unpack_int8(const Packed& packed, std::uint32_t slice, float* weights, std:
   const std::uint32_t rows = rows_of(h, slice), stored = stored_rows(rows), blocks = blocks_of(h, 0);
   const bool masked = h.format == Format::int8;
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
-  const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
-                       (masked ? std::uint64_t{stored} * blocks * sizeof(std::uint64_t) : 0);
+  const auto* values = reinterpret_cast<const std::int8_t*>(unit + values_offset(h, rows));
   for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
     for (std::uint32_t block = 0; block < blocks; ++block) {
       for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {

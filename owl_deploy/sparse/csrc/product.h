@@ -168,8 +168,7 @@ void int8_unit(const Packed& packed, std::uint32_t slice, std::byte* const* inpu
   const std::uint8_t* unit = packed.data + packed.units[slice];
   const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of(h, 0);
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit);
-  const auto* values = reinterpret_cast<const std::int8_t*>(unit) +
-                       (kMasked ? std::size_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0);
+  const auto* values = reinterpret_cast<const std::int8_t*>(unit + values_offset(h, rows));
   const std::int32_t* weight_sums = packed.sums + std::size_t{slice} * h.slice_rows;
   const auto next = [&] {
     if constexpr (kMasked) {
