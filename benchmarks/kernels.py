@@ -23,10 +23,11 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from owl_deploy.bench.machine import describe_machine
-from owl_deploy.report.plots import COLOURS, save_figure
-from owl_deploy.sparse.library import FORMATS, instruction_sets, pack, product
-from owl_deploy.threads import available_cores
+from owl_deploy.machine.description import describe_machine
+from owl_deploy.machine.threads import available_cores
+from owl_deploy.plotting import COLOURS, save_figure
+from owl_deploy.sparse.formats import FORMATS
+from owl_deploy.sparse.library import instruction_sets, pack, product
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CACHED, LARGE = (512, 1024), (65536, 2048)  # rows and columns

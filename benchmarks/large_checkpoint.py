@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from owl_deploy.checkpoints.shards import write_index, write_shard
+from owl_deploy.models.shards import write_index, write_shard
 
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 _CALIBRATION = (4, 32)

@@ -39,18 +39,18 @@ from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.rows import RESULTS, read_rows
 from owl_deploy.bench.run import Request, bench_bundles
 from owl_deploy.bench.sweep import Level, make_level, prune_level
-from owl_deploy.checkpoints.source import ModelSource, resolve_model
+from owl_deploy.bundle.manifest import MANIFEST, read_bundle
+from owl_deploy.bundle.names import weights_of
 from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.bundle import MANIFEST, read_bundle
-from owl_deploy.export.names import weights_of
 from owl_deploy.files import read_json, staged_directory, write_json
+from owl_deploy.machine.threads import available_cores
+from owl_deploy.models.source import ModelSource, resolve_model
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration
 from owl_deploy.report.tables import terminal_table
 from owl_deploy.reporting import Reporter
-from owl_deploy.threads import available_cores
 
 HALF_RANGE = 0.08  # of block sparsities: OWL's lambda (paper, Table 15)
 RANDOM = {"method": "magnitude", "allocation": "linear", "half_range": HALF_RANGE}

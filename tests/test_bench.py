@@ -12,9 +12,9 @@ import pytest
 
 from owl_deploy.bench import measure
 from owl_deploy.bench.rows import Row, read_rows
+from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import Flavor
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
 

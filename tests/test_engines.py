@@ -17,12 +17,12 @@ import pytest
 
 from owl_deploy.engines import environments
 from owl_deploy.engines.client import EngineFailed, EngineProcess
-from owl_deploy.engines.energy import cpu_energy_uj
 from owl_deploy.engines.environments import Environment, find_python
 from owl_deploy.engines.probe import Sampling
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
+from owl_deploy.machine.energy import cpu_energy_uj
 
 from .conftest import RunCli, TinyModel
 

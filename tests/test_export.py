@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks
+from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.errors import CheckFailed
 from owl_deploy.export import run as export_run
-from owl_deploy.export.audit import audit_graph
-from owl_deploy.export.bundle import read_bundle
-from owl_deploy.export.parity import compare
+from owl_deploy.export.verify.audit import audit_graph
+from owl_deploy.export.verify.parity import compare
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.manifest import read_manifest
 
 from .conftest import RunCli, TinyModel

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from owl_deploy.bench.fail_if import parse_condition
-from owl_deploy.bench.rows import Machine, Row
+from owl_deploy.bench.rows import Row
 from owl_deploy.errors import UserError
+from owl_deploy.machine.description import Machine
 
 from .conftest import RunCli
 

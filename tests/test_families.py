@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks, matrix_of
-from owl_deploy.pruning.statistics import InputStatistics
-from owl_deploy.pruning.stream import CalibrationStream, in_fp32
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks, matrix_of
+from owl_deploy.pruning.calibration.statistics import InputStatistics
+from owl_deploy.pruning.calibration.stream import CalibrationStream, in_fp32
 
 from .conftest import FAMILIES, VOCABULARY, RunCli, TinyModel
 

@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from owl_deploy.bundle.manifest import read_bundle
+from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import read_bundle
-from owl_deploy.export.names import Flavor
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from owl_deploy.allocation.owl import outlier_percent
-from owl_deploy.pruning.methods import Task, prune_linear
+from owl_deploy.pruning.calibration.statistics import InputStatistics, Statistic
+from owl_deploy.pruning.methods.registry import Task, prune_linear
+from owl_deploy.pruning.methods.sparsegpt import sparsegpt
+from owl_deploy.pruning.methods.wanda import wanda_scores
 from owl_deploy.pruning.plan import NM, PruningPlan
-from owl_deploy.pruning.sparsegpt import sparsegpt
-from owl_deploy.pruning.statistics import InputStatistics, Statistic
-from owl_deploy.pruning.wanda import wanda_scores
 
 Layer = dict[str, torch.Tensor]
 SPARSEGPT = [

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from owl_deploy.checkpoints.gguf import load_tokenizer, read_metadata
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import ModelSource
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.llama_cpp_engine import LlamaCppEngine
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.parity import ROUNDED_TOLERANCE
-from owl_deploy.export.peer_gguf import GgufWeights, write_gguf
+from owl_deploy.export.peers.gguf import GgufWeights, write_gguf
+from owl_deploy.export.verify.parity import ROUNDED_TOLERANCE
+from owl_deploy.models.gguf import load_tokenizer, read_metadata
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
 
 from .conftest import RunCli, TinyModel, run_in
 

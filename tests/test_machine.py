@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from owl_deploy.bench.machine import container_cores, container_memory_bytes, describe_machine
-from owl_deploy.threads import available_cores
+from owl_deploy.machine.description import container_cores, container_memory_bytes, describe_machine
+from owl_deploy.machine.threads import available_cores
 
 
 def test_a_container_s_limits_are_read(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owl_deploy.errors import UserError
-from owl_deploy.pruning.admm import admm
+from owl_deploy.pruning.methods.admm import admm
+from owl_deploy.pruning.methods.ria import ria_scores
+from owl_deploy.pruning.methods.selection import smallest_of_each_group, smallest_of_layer, smallest_per_row
+from owl_deploy.pruning.methods.sparsegpt import sparsegpt
+from owl_deploy.pruning.methods.wanda import wanda_mask, wanda_scores, wanda_variant_mask
 from owl_deploy.pruning.plan import NM, PruningPlan
-from owl_deploy.pruning.ria import ria_scores
-from owl_deploy.pruning.selection import smallest_of_each_group, smallest_of_layer, smallest_per_row
-from owl_deploy.pruning.sparsegpt import sparsegpt
-from owl_deploy.pruning.wanda import wanda_mask, wanda_scores, wanda_variant_mask
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from owl_deploy.checkpoints.shards import write_shard
-from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.models.shards import write_shard
+from owl_deploy.models.source import ModelSource
 from owl_deploy.pruning import driver, offload
+from owl_deploy.pruning.calibration.spill import SpilledTensors
+from owl_deploy.pruning.calibration.stream import CalibrationStream
 from owl_deploy.pruning.offload import OffloadedModel
-from owl_deploy.pruning.spill import SpilledTensors
-from owl_deploy.pruning.stream import CalibrationStream
 
 from .conftest import FAMILIES, VOCABULARY, RunCli, TinyModel
 from .test_resume import PLANS, Counter, blocks, files

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from owl_deploy.bundle.manifest import read_bundle
+from owl_deploy.bundle.names import Flavor, model_file
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.environments import process_variables
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import read_bundle
-from owl_deploy.export.names import Flavor, model_file
-from owl_deploy.export.parity import compare
 from owl_deploy.export.run import export_checkpoint
+from owl_deploy.export.verify.parity import compare
 
 from .conftest import VOCABULARY, RunCli, TinyModel, run_in
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from owl_deploy.errors import UserError
 from owl_deploy.pruning.plan import ALLOCATIONS, METHODS, NM, BlockShare, PruningPlan
-from owl_deploy.recipes import EXPLICIT_RECIPE, RECIPE, Recipe, read_recipe, write_recipes
+from owl_deploy.pruning.recipe.recipes import EXPLICIT_RECIPE, RECIPE, Recipe, read_recipe, write_recipes
 
 ROOT = Path(__file__).parents[1]
 READY_MADE = sorted((ROOT / "recipes").glob("*.yaml"))

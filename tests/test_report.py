@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from owl_deploy.bench.rows import RESULTS, Continuation, Machine, Row, Samples, Spread, read_rows
+from owl_deploy.bench.rows import RESULTS, Continuation, Row, Samples, Spread, read_rows
+from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError
-from owl_deploy.export.parity import ParityRecord
+from owl_deploy.formatting import enumeration, number, perplexity_text, size
+from owl_deploy.machine.description import Machine
+from owl_deploy.paper.speedups import paper_speedup
 from owl_deploy.report.conditions import conditions
 from owl_deploy.report.findings import findings, verdict
-from owl_deploy.report.paper import paper_speedup
 from owl_deploy.report.pareto import Box, Point, front_of, place_labels, points_of
 from owl_deploy.report.plots import plot_pareto, plot_speedup
 from owl_deploy.report.series import by_series
 from owl_deploy.report.tables import COLUMNS, CSV_FIELDS, markdown_table, terminal_table, write_csv
-from owl_deploy.report.text import enumeration, number, perplexity_text, size
 from owl_deploy.report.write import write_report
 
 from .conftest import RunCli

@@ -11,15 +11,15 @@ from typing import Any
 import onnx
 import pytest
 
-from owl_deploy.bench.machine import last_level_cache_bytes, read_bandwidth_gb_s
+from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.cli import main
-from owl_deploy.export.bundle import read_bundle
 from owl_deploy.export.run import export_checkpoint
-from owl_deploy.pruning.manifest import read_record
+from owl_deploy.machine.description import last_level_cache_bytes, read_bandwidth_gb_s
+from owl_deploy.records import read_record
+from owl_deploy.report.roofline.tables import notes, terminal_tables
 from owl_deploy.roofline import measure
 from owl_deploy.roofline.profile import by_operator, decoded
 from owl_deploy.roofline.records import FlavorFigures, Roofline
-from owl_deploy.roofline.tables import notes, terminal_tables
 from owl_deploy.roofline.traffic import KINDS, OTHER, kind_of, read_traffic
 from owl_deploy.sparse import library
 
@@ -47,7 +47,7 @@ def _small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a small cache, so that little has to be read."""
     monkeypatch.setattr(measure, "MEMORY_SET_BYTES", CACHE)
     monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: CACHE)
-    monkeypatch.setattr("owl_deploy.bench.machine._READ_BYTES", 0)
+    monkeypatch.setattr("owl_deploy.machine.description._READ_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_parts_that_miss_the_whole_are_told(roofline: Roofline) -> None:
 
 
 def test_times_that_are_not_known_leave_a_gap_and_no_crash(roofline: Roofline, tmp_path: Path) -> None:
-    from owl_deploy.roofline.write import write_roofline
+    from owl_deploy.report.roofline.write import write_roofline
 
     one = roofline.flavors[0]
     one.matrices.measured_ms = one.between_ms = one.outside_ms = None

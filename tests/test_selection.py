@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from owl_deploy.pruning.magnitude import magnitude_mask
+from owl_deploy.pruning.methods.magnitude import magnitude_mask
+from owl_deploy.pruning.methods.selection import kth_smallest, smallest_of_each_group, smallest_per_row
+from owl_deploy.pruning.methods.wanda import wanda_mask
 from owl_deploy.pruning.plan import NM
-from owl_deploy.pruning.selection import kth_smallest, smallest_of_each_group, smallest_per_row
-from owl_deploy.pruning.wanda import wanda_mask
 
 Matrix = NDArray[np.float32]
 

@@ -11,22 +11,23 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.bundle.manifest import FlavorRecord, read_bundle
+from owl_deploy.bundle.names import Flavor, sparse_flavor
+from owl_deploy.bundle.tensors import external_array
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import CheckFailed
-from owl_deploy.export import packed as packing
-from owl_deploy.export.bundle import FlavorRecord, read_bundle
-from owl_deploy.export.names import WEIGHTS, Flavor, sparse_flavor
+from owl_deploy.export.graphs import packed as packing
+from owl_deploy.export.graphs.selection import choose
+from owl_deploy.export.graphs.sparse import write_sparse
 from owl_deploy.export.run import export_checkpoint
-from owl_deploy.export.tensors import external_array
+from owl_deploy.export.verify.packed import check_stored
+from owl_deploy.models.source import ModelSource
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
 from owl_deploy.sparse import library
-from owl_deploy.sparse.audit import check_stored
-from owl_deploy.sparse.graph import write_sparse
-from owl_deploy.sparse.selection import choose
+from owl_deploy.sparse.formats import WEIGHTS
 
 from .conftest import RunCli, TinyModel
 
@@ -161,7 +162,7 @@ def test_another_level_lends_its_dense_graph_and_every_byte_is_the_same(
     flavors = ["sparse-packed32", "sparse-int8"]  # at 20% packed32 keeps its matrices as they are
     level = pruned(tiny_llama, tmp_path / "level", 0.2, reference)
     alone = export_checkpoint(level, tmp_path / "alone", flavors)
-    monkeypatch.setattr("owl_deploy.export.packed.write_genai", None)
+    monkeypatch.setattr("owl_deploy.export.graphs.packed.write_genai", None)
     lent = export_checkpoint(level, tmp_path / "lent", flavors, like=bundle)
     assert lent == alone
 

@@ -25,9 +25,9 @@ from transformers import (
     SmolLM3Config,
 )
 
+from owl_deploy.bundle.names import ATTENTION_BIAS
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import ATTENTION_BIAS
-from owl_deploy.export.standard import StandardGraph, write_standard
+from owl_deploy.export.graphs.standard import StandardGraph, write_standard
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {

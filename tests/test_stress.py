@@ -17,10 +17,10 @@ import pytest
 
 from owl_deploy.bench import processes
 from owl_deploy.bench.run import Request, bench_bundles
+from owl_deploy.bundle.manifest import MANIFEST
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
-from owl_deploy.export.bundle import MANIFEST
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.files import locked
 from owl_deploy.reporting import SILENT

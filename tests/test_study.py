@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import resolve_model
-from owl_deploy.checkpoints.structure import find_blocks
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import resolve_model
+from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning import driver
-from owl_deploy.pruning.dense import measure_dense
+from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.weights import InMemory
 
 from .conftest import Ran, RunCli, TinyModel

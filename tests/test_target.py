@@ -7,12 +7,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block, find_blocks, matrix_of, set_matrix
-from owl_deploy.pruning.statistics import InputStatistics
-from owl_deploy.pruning.stream import CalibrationStream
-from owl_deploy.pruning.target import DenseTargets, observe
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import Block, find_blocks, matrix_of, set_matrix
+from owl_deploy.pruning.calibration.statistics import InputStatistics
+from owl_deploy.pruning.calibration.stream import CalibrationStream
+from owl_deploy.pruning.calibration.target import DenseTargets, observe
 
 from .conftest import VOCABULARY, TinyModel
 

@@ -17,8 +17,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from owl_deploy.checkpoints.load import load_model, load_tokenizer
-from owl_deploy.checkpoints.source import resolve_model
+from owl_deploy.models.load import load_model, load_tokenizer
+from owl_deploy.models.source import resolve_model
 
 from .conftest import TESTS, VOCABULARY, RunCli, TinyModel
 from .test_study import labelled, rows

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from owl_deploy.bundle.names import model_file
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.names import model_file
-from owl_deploy.export.parity import compare
 from owl_deploy.export.run import export_checkpoint
-from owl_deploy.pruning.magnitude import magnitude_mask
+from owl_deploy.export.verify.parity import compare
+from owl_deploy.pruning.methods.magnitude import magnitude_mask
 
 _IDS = list(range(1, 2 * DECODED_TOKENS + 1))
 _TIMEOUT_S = 60.0

@@ -20,20 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.machine import busy_cores, cpu_model, load_average
 from owl_deploy.bench.processes import Load, Processes
+from owl_deploy.bundle.manifest import BundleManifest, FlavorRecord
+from owl_deploy.bundle.names import Flavor, model_file
+from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, DiskError, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
-from owl_deploy.export.bundle import BundleManifest, FlavorRecord
-from owl_deploy.export.names import Flavor, model_file
-from owl_deploy.export.parity import REFERENCES, ParityRecord, compare
+from owl_deploy.export.verify.parity import REFERENCES, compare
 from owl_deploy.files import disk_errors, write_text
-from owl_deploy.pruning.manifest import fingerprint
+from owl_deploy.machine.description import busy_cores, cpu_model, load_average
+from owl_deploy.machine.threads import available_cores
+from owl_deploy.records import fingerprint
 from owl_deploy.reporting import Reporter
-from owl_deploy.threads import available_cores
 
 MEASUREMENTS = "measurements.jsonl"
 _WARM_UP_TOKENS = 8

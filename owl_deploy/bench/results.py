@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from owl_deploy.bench.measure import Bench, Configuration, Workload
-from owl_deploy.bench.rows import Continuation, Machine, Row, Samples, Spread
-from owl_deploy.export.names import precision_of
-from owl_deploy.export.parity import ParityRecord
-from owl_deploy.report.paper import paper_speedup
+from owl_deploy.bench.rows import Continuation, Row, Samples, Spread
+from owl_deploy.bundle.names import precision_of
+from owl_deploy.bundle.records import ParityRecord
+from owl_deploy.machine.description import Machine
+from owl_deploy.paper.speedups import paper_speedup
 
 _REFERENCE = "onnxruntime"  # whose greedy tokens others are compared with
 _RESAMPLES = 2000

@@ -10,47 +10,15 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from owl_deploy import __version__
+from owl_deploy.bundle.manifest import DENSE_BELOW
+from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import DENSE_BELOW
-from owl_deploy.export.parity import ParityRecord
-from owl_deploy.pruning.manifest import Record
+from owl_deploy.machine.description import Machine
+from owl_deploy.records import Record
 
 SCHEMA_VERSION = 2  # 1 had no batches, confidence intervals, continuations, energy or end-to-end times
 RESULTS = "results.jsonl"
 WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
-
-
-class Machine(Record):
-    """Where a row was measured.
-
-    Attributes:
-        cpu: as the system names it.
-        cores: that the process could run on.
-        instruction_set: the widest that the CPU has.
-        memory_bytes: of the whole machine.
-        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second.
-        memory_bandwidth_one_thread_gb_s, memory_bandwidth_all_threads_gb_s: the same with one thread, and with one on
-            every core.
-        system: the operating system and its version.
-        numa_nodes: parts of the memory, each near some of the cores; null where the system does not tell.
-        instruction_sets: what the CPU has of those that matter here, the widest first.
-        frequency_governor: of the first core; null where the system does not tell.
-        container_cores, container_memory_bytes: what its control group allows; null for all there is.
-    """
-
-    cpu: str
-    cores: int
-    instruction_set: str
-    memory_bytes: int
-    memory_bandwidth_gb_s: float
-    system: str
-    memory_bandwidth_one_thread_gb_s: float | None = None
-    memory_bandwidth_all_threads_gb_s: float | None = None
-    instruction_sets: list[str] = Field(default_factory=list)
-    numa_nodes: int | None = None
-    frequency_governor: str | None = None
-    container_cores: float | None = None
-    container_memory_bytes: int | None = None
 
 
 class Spread(Record):

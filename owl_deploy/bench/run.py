@@ -14,24 +14,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.machine import describe_machine
 from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.results import make_rows
 from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows
-from owl_deploy.checkpoints.load import load_tokenizer
-from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.names import Flavor, weights_of
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import BundleManifest, check_files, read_bundle
-from owl_deploy.export.names import Flavor, weights_of
 from owl_deploy.files import disk_errors, locked
+from owl_deploy.machine.description import describe_machine
+from owl_deploy.machine.threads import available_cores
+from owl_deploy.models.load import load_tokenizer
+from owl_deploy.models.source import ModelSource
 from owl_deploy.report.write import write_report
 from owl_deploy.reporting import Reporter
 from owl_deploy.text.windows import TokenWindows, check_windows, evaluation_windows
-from owl_deploy.threads import available_cores
 
 _PROMPT_SEED = 0
 

@@ -91,11 +91,11 @@ def bench(
     from owl_deploy.bench.fail_if import parse_condition
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
     from owl_deploy.bench.sweep import Executor, make_levels
-    from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.engines.registry import installed_engines
+    from owl_deploy.machine.threads import available_cores
+    from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.levels import parse_sparsities
     from owl_deploy.pruning.run import Calibration
-    from owl_deploy.threads import available_cores
 
     if executor not in ("here", "ray"):
         raise UserError(f"--executor {executor}: give here or ray")

@@ -106,8 +106,8 @@ def doctor(
 
 
 def _row(name: str) -> dict[str, Any]:
-    from owl_deploy.engines.cpu import instruction_set
     from owl_deploy.engines.registry import ENGINES
+    from owl_deploy.machine.cpu import instruction_set
 
     spec = ENGINES[name]
     problem = spec.environment.problem() if spec.environment else None

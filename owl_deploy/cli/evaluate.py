@@ -62,9 +62,9 @@ def evaluate(
 
     import torch
 
-    from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer, require_tokenizer
-    from owl_deploy.checkpoints.source import resolve_model
     from owl_deploy.evaluation.perplexity import perplexity
+    from owl_deploy.models.load import context_length, load_model, load_tokenizer, require_tokenizer
+    from owl_deploy.models.source import resolve_model
     from owl_deploy.text.windows import check_windows, evaluation_windows
 
     options.use_threads(threads)

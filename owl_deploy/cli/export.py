@@ -46,8 +46,9 @@ def export(
 
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
     """
-    from owl_deploy.export.names import HEADS, PEER_FLAVORS, WEIGHTS, Flavor, sparse_flavor
+    from owl_deploy.bundle.names import PEER_FLAVORS, Flavor, sparse_flavor
     from owl_deploy.export.run import export_checkpoint
+    from owl_deploy.sparse.formats import HEADS, WEIGHTS
 
     formats = [name.strip() for name in weights.split(",")]
     if not set(formats) <= set(WEIGHTS):

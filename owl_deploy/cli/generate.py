@@ -66,7 +66,7 @@ def generate(
 
     from owl_deploy.generation.model import Sampling
     from owl_deploy.generation.run import generate_text
-    from owl_deploy.threads import available_cores
+    from owl_deploy.machine.threads import available_cores
 
     sampling = Sampling(
         temperature=temperature,

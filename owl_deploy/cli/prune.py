@@ -114,9 +114,9 @@ def prune(
 
         owl-deploy prune ./model -o sparse --recipe recipes/owl-wanda-70.yaml --calibration text.jsonl
     """
-    from owl_deploy.checkpoints.source import resolve_model
+    from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.plan import PruningPlan
-    from owl_deploy.recipes import read_recipe
+    from owl_deploy.pruning.recipe.recipes import read_recipe
 
     asked: dict[str, Any] = {
         "sparsity": sparsity,

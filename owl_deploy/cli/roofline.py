@@ -45,10 +45,10 @@ def roofline(
 
         owl-deploy roofline bundle --past 1023 -o roofline --json
     """
+    from owl_deploy.machine.threads import available_cores
+    from owl_deploy.report.roofline.tables import terminal_tables
+    from owl_deploy.report.roofline.write import write_roofline
     from owl_deploy.roofline.measure import Request, measure_roofline
-    from owl_deploy.roofline.tables import terminal_tables
-    from owl_deploy.roofline.write import write_roofline
-    from owl_deploy.threads import available_cores
 
     wanted = None if flavor is None else [name.strip() for name in flavor.split(",")]
     request = Request(past, new_tokens, rounds, threads or available_cores())

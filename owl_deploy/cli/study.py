@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from owl_deploy.cli import options
-from owl_deploy.evaluation.tasks import DEFAULT_BATCH, PAPER_TASKS, TaskRequest
+from owl_deploy.evaluation.tasks import DEFAULT_BATCH, TaskRequest
+from owl_deploy.paper.tables import TABLE_5_TASKS
 from owl_deploy.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def zero_shot(
     output: Output,
     sparsities: Sparsities = "0.7",
     methods: Annotated[str, typer.Option(help="Prune by these methods.")] = "magnitude,wanda,sparsegpt",
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval.")] = ",".join(PAPER_TASKS),
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval.")] = ",".join(TABLE_5_TASKS),
     task_data: options.TaskData = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = DEFAULT_BATCH,
@@ -355,11 +356,11 @@ def _run(
         calibration: text, samples, seqlen and seed.
         evaluate: text and windows.
     """
-    from owl_deploy.checkpoints.source import resolve_model
+    from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.run import Calibration, Evaluation
+    from owl_deploy.report.study import write_study
     from owl_deploy.studies.run import run_study
     from owl_deploy.studies.tables import terminal_tables
-    from owl_deploy.studies.write import write_study
 
     options.use_threads(threads)
     wanted, (text, windows) = Calibration(*calibration), evaluate

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from owl_deploy.bundle.names import ATTENTION_BIAS
 from owl_deploy.engines.protocol import Logits, TokenIds
 from owl_deploy.engines.static_graphs import StaticGraphs
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import ATTENTION_BIAS
 
 _HIDDEN = np.finfo(np.float32).min
 _BLOCK = 64  # tokens; DeepSparse's internal cache is made of such blocks

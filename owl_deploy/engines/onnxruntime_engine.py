@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from owl_deploy.engines.cpu import instruction_set
 from owl_deploy.engines.protocol import Logits, TokenIds
+from owl_deploy.machine.cpu import instruction_set
 
 
 class OnnxRuntimeEngine:

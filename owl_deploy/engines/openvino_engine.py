@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import openvino
 
-from owl_deploy.engines.cpu import instruction_set
 from owl_deploy.engines.protocol import Logits, TokenIds
+from owl_deploy.machine.cpu import instruction_set
 
 _DESCRIBED = (
     "INFERENCE_PRECISION_HINT",

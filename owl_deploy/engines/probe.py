@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from owl_deploy.engines.energy import cpu_energy_uj
 from owl_deploy.engines.protocol import Engine, Logits, TokenIds
+from owl_deploy.machine.energy import cpu_energy_uj
 
 DECODED_TOKENS = 16  # how many of a passage's last tokens are run one by one on a cache
 

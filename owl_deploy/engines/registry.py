@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from owl_deploy.bundle.names import Flavor, precision_of, sparse_flavor
 from owl_deploy.engines.environments import Environment
 from owl_deploy.errors import UserError
-from owl_deploy.export.names import WEIGHTS, Flavor, precision_of, sparse_flavor
+from owl_deploy.sparse.formats import WEIGHTS
 
 
 @dataclass(frozen=True)

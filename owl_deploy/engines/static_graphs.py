@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
-from owl_deploy.export.names import ATTENTION_BIAS
+from owl_deploy.bundle.names import ATTENTION_BIAS
 
 _PAST, _PRESENT = "past_key_values.", "present."
 

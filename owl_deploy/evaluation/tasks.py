@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from owl_deploy.errors import UserError
+from owl_deploy.paper.tables import TABLE_5_TASKS
 
-PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # Table 5
 DEFAULT_BATCH = 16
 _FORMATS = (".jsonl", ".parquet")
 
@@ -82,7 +82,7 @@ def parse_tasks(
         raise UserError("zero-shot tasks need lm-eval; install it with: pip install 'owl-deploy[tasks]'")
     wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     if not all(wanted):
-        raise UserError(f"--tasks {names}: give names with commas between them, for example {','.join(PAPER_TASKS)}")
+        raise UserError(f"--tasks {names}: give names with commas between them, for example {','.join(TABLE_5_TASKS)}")
     files: dict[str, Path] = {}
     for text in data:
         name, _, file = text.partition("=")

@@ -15,13 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from owl_deploy.checkpoints.load import context_length, load_config, load_model, load_tokenizer
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import find_blocks
-from owl_deploy.engines.protocol import TokenIds
-from owl_deploy.engines.sparse_engine import SparseEngine
-from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.bundle import (
+from owl_deploy.bundle.manifest import (
     GRAPH,
     MANIFEST,
     BundleManifest,
@@ -31,15 +25,22 @@ from owl_deploy.export.bundle import (
     exporter_versions,
     read_bundle,
 )
-from owl_deploy.export.genai import write_genai
-from owl_deploy.export.names import PEER_FLAVORS, Flavor, Head, weights_of
-from owl_deploy.export.packed import DenseGraph, audit_of, pack_flavor
-from owl_deploy.export.parity import check_parity
-from owl_deploy.export.peers import write_peer
-from owl_deploy.export.standard import write_standard
+from owl_deploy.bundle.names import PEER_FLAVORS, Flavor, weights_of
+from owl_deploy.engines.protocol import TokenIds
+from owl_deploy.engines.sparse_engine import SparseEngine
+from owl_deploy.errors import UnsupportedFamily, UserError
+from owl_deploy.export.graphs.genai import write_genai
+from owl_deploy.export.graphs.packed import DenseGraph, audit_of, pack_flavor
+from owl_deploy.export.graphs.standard import write_standard
+from owl_deploy.export.peers.registry import write_peer
+from owl_deploy.export.verify.parity import check_parity
 from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
+from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.manifest import read_manifest
 from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.sparse.formats import Head
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0

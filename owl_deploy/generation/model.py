@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from owl_deploy.bundle.manifest import GRAPH, BundleManifest
+from owl_deploy.bundle.names import Flavor, weights_of
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import GRAPH, BundleManifest
-from owl_deploy.export.names import Flavor, weights_of
 from owl_deploy.files import read_json, write_json
 from owl_deploy.sparse.library import library_path
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from owl_deploy.checkpoints.load import load_tokenizer
-from owl_deploy.checkpoints.source import ModelSource
+from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.names import FLAVORS, Flavor
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import BundleManifest, check_files, read_bundle
-from owl_deploy.export.names import FLAVORS, Flavor
 from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids
+from owl_deploy.models.load import load_tokenizer
+from owl_deploy.models.source import ModelSource
 
 # Decoding is bound by the bytes of the weights: the fewest come first.
 _PREFERRED: tuple[Flavor, ...] = ("sparse-int8", "sparse-packed16", "sparse-packed32", "genai", "standard")

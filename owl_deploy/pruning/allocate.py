@@ -15,9 +15,9 @@ from owl_deploy.allocation.baselines import (
 from owl_deploy.allocation.mixed import mixed_counts
 from owl_deploy.allocation.owl import outlier_percent, owl_sparsities
 from owl_deploy.allocation.threshold import global_threshold
-from owl_deploy.checkpoints.structure import Block, matrix_of
 from owl_deploy.errors import UserError
-from owl_deploy.pruning.dense import DenseStatistics
+from owl_deploy.models.structure import Block, matrix_of
+from owl_deploy.pruning.calibration.dense import DenseStatistics
 from owl_deploy.pruning.plan import NM, BlockShare, MixedNM, PruningPlan
 from owl_deploy.pruning.weights import BlockWeights
 

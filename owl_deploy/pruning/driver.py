@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from owl_deploy.checkpoints.structure import Block, Linear, matrix_of, set_matrix, without_indices, zeros
 from owl_deploy.errors import UserError
-from owl_deploy.pruning.dense import DenseStatistics
+from owl_deploy.models.structure import Block, Linear, matrix_of, set_matrix, without_indices, zeros
+from owl_deploy.pruning.calibration.dense import DenseStatistics
+from owl_deploy.pruning.calibration.statistics import InputStatistics
+from owl_deploy.pruning.calibration.stream import CalibrationStream
+from owl_deploy.pruning.calibration.target import DenseBlock, DenseTargets, observe
 from owl_deploy.pruning.manifest import BlockRecord, LinearRecord
-from owl_deploy.pruning.methods import Task, needed_statistics, prune_linear
+from owl_deploy.pruning.methods.registry import Task, needed_statistics, prune_linear
 from owl_deploy.pruning.plan import BlockShare, PruningPlan
-from owl_deploy.pruning.statistics import InputStatistics
-from owl_deploy.pruning.stream import CalibrationStream
-from owl_deploy.pruning.target import DenseBlock, DenseTargets, observe
 from owl_deploy.pruning.weights import BlockWeights, InMemory
 from owl_deploy.reporting import SILENT, Reporter
 

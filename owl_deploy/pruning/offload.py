@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from owl_deploy.checkpoints.load import load_skeleton
-from owl_deploy.checkpoints.shards import Shards, write_index, write_shard
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block, find_blocks
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity_of, window_loss
 from owl_deploy.files import disk_errors
+from owl_deploy.models.load import load_skeleton
+from owl_deploy.models.shards import Shards, write_index, write_shard
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import Block, find_blocks
+from owl_deploy.pruning.calibration.spill import SpilledTensors
+from owl_deploy.pruning.calibration.stream import CalibrationStream, in_fp32
 from owl_deploy.pruning.progress import FinishedBlocks
-from owl_deploy.pruning.spill import SpilledTensors
-from owl_deploy.pruning.stream import CalibrationStream, in_fp32
 from owl_deploy.pruning.weights import BlockWeights
 from owl_deploy.reporting import SILENT, Reporter
 

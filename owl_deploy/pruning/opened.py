@@ -7,9 +7,9 @@ from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from owl_deploy.checkpoints.load import load_model
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block, find_blocks
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import Block, find_blocks
 from owl_deploy.pruning.progress import FinishedBlocks
 from owl_deploy.pruning.weights import BlockWeights, InMemory
 

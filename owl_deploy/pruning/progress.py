@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from owl_deploy.checkpoints.shards import write_shard
-from owl_deploy.checkpoints.structure import Block
 from owl_deploy.files import disk_errors
+from owl_deploy.models.shards import write_shard
+from owl_deploy.models.structure import Block
 from owl_deploy.pruning.manifest import BlockRecord
 
 _RECORD = "record"

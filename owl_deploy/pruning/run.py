@@ -12,10 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer
-from owl_deploy.checkpoints.shards import safetensors_files
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.files import (
@@ -26,25 +22,21 @@ from owl_deploy.files import (
     write_json,
     write_text,
 )
+from owl_deploy.models.load import context_length, load_model, load_tokenizer
+from owl_deploy.models.shards import safetensors_files
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import Block
 from owl_deploy.pruning.allocate import allocate
-from owl_deploy.pruning.dense import DenseStatistics, measure_dense
+from owl_deploy.pruning.calibration.dense import DenseStatistics, measure_dense
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.figure import plot_allocation
-from owl_deploy.pruning.manifest import (
-    MANIFEST,
-    PerplexityRecord,
-    PruningManifest,
-    TextRecord,
-    TrialRecord,
-    fingerprint,
-    read_manifest,
-    versions,
-)
+from owl_deploy.pruning.manifest import MANIFEST, PerplexityRecord, PruningManifest, TrialRecord, read_manifest
 from owl_deploy.pruning.offload import OffloadedModel, offloaded_perplexity
 from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
+from owl_deploy.pruning.recipe.recipes import Recipe, write_recipes
 from owl_deploy.pruning.tune import tune
-from owl_deploy.recipes import Recipe, write_recipes
+from owl_deploy.records import TextRecord, fingerprint, versions
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from owl_deploy.checkpoints.structure import Block
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
+from owl_deploy.models.structure import Block
 from owl_deploy.pruning.allocate import allocate
-from owl_deploy.pruning.dense import measure_dense
+from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.manifest import TrialRecord
 from owl_deploy.pruning.plan import Allocation, PruningPlan

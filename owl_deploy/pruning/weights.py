@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from owl_deploy.checkpoints.structure import Block
-from owl_deploy.pruning.stream import CalibrationStream, in_fp32
+from owl_deploy.models.structure import Block
+from owl_deploy.pruning.calibration.stream import CalibrationStream, in_fp32
 
 
 class BlockWeights(Protocol):

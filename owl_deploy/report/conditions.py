@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from owl_deploy.bench.rows import Machine, Row
+from owl_deploy.bench.rows import Row
+from owl_deploy.formatting import enumeration, number, percent, size
+from owl_deploy.machine.description import Machine
 from owl_deploy.report.series import model_name
-from owl_deploy.report.text import enumeration, number, percent, size
 
 _ROUNDS = (
     "Rounds are interleaved: each times every engine at one sparsity and again on the dense model, so that a slow "

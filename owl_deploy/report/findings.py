@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from owl_deploy.bench.rows import Row, Spread
+from owl_deploy.formatting import enumeration, number, one_line, perplexity_text, size
 from owl_deploy.report.series import Series, by_series, dense_references, same_workload
 from owl_deploy.report.tables import UNSTEADY_MARK
-from owl_deploy.report.text import enumeration, number, one_line, perplexity_text, ratio, size
+from owl_deploy.report.text import ratio
 
 _ERROR_CHARACTERS = 200
 _LEAK = 0.05  # of the peak: resident memory that grew by more between the first round and the last

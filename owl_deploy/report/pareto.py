@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 from owl_deploy.bench.rows import Row
+from owl_deploy.formatting import number, perplexity_text
 from owl_deploy.report.series import by_series
-from owl_deploy.report.text import number, perplexity_text
 
 _DIRECTIONS = 12  # in which a label is tried around its point
 _DISTANCES = (1.0, 1.8, 3.0, 4.5)  # in heights of a label

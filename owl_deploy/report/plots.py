@@ -14,15 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import IdentityTransform
 
 from owl_deploy.bench.rows import Row, Spread
-from owl_deploy.files import disk_errors
-from owl_deploy.report.paper import TABLE_8
+from owl_deploy.paper.speedups import TABLE_8
+from owl_deploy.plotting import COLOURS, DPI, MARKERS, save_figure, scale_logarithmically
 from owl_deploy.report.pareto import Box, Point, boxes_along, front_of, padded, place_labels, points_of, steps_along
 from owl_deploy.report.series import Series, by_series, by_workload, model_names
 
-# Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-_DPI = 120
 _NESTED = 4  # curves: with more, the widest would cover all else
 _PAPER_LABEL = "the paper's Table 8 (TinyLlama-1.1B, DeepSparse over its own dense)"
 
@@ -86,7 +82,7 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
         UserError: `path` cannot be written.
     """
     workloads, drawn_as = by_workload(rows), styles(rows)
-    figure = Figure(figsize=(11, 0.9 + 5.6 * len(workloads)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(11, 0.9 + 5.6 * len(workloads)), dpi=DPI, layout="constrained")
     every_axes = figure.subplots(len(workloads), 1, squeeze=False)[:, 0]
     drawn = [(axes, points_of(here)) for axes, here in zip(every_axes, workloads.values(), strict=True)]
     for (axes, points), name in zip(drawn, workloads, strict=True):
@@ -242,15 +238,6 @@ def _nothing(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#666666")
 
 
-def scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis with plain numbers, never so narrow that it has no tick."""
-    axes.set_yscale("log")
-    axes.set_ylim(min(values) / 2, max(values) * 2)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _finite(series: Series, figure: Callable[[Row], float | None]) -> tuple[list[Row], list[float]]:
     """The rows that have this figure, and a finite one; and the figures."""
     found = [(row, value) for row in series.rows if (value := figure(row)) is not None and math.isfinite(value)]
@@ -276,14 +263,3 @@ def uncertainty(spread: Spread | None) -> tuple[float, float] | None:
     if spread.confidence_low is None or spread.confidence_high is None:
         return spread.low, spread.high
     return spread.confidence_low, spread.confidence_high
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all; equal figures give equal bytes."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        try:
-            figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

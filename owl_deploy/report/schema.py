@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from owl_deploy.bench.rows import SCHEMA_VERSION, Continuation, Machine, Row, Samples, Spread
-from owl_deploy.export.parity import ParityRecord
+from owl_deploy.bench.rows import SCHEMA_VERSION, Continuation, Row, Samples, Spread
+from owl_deploy.bundle.records import ParityRecord
+from owl_deploy.machine.description import Machine
 
 _RECORDS: tuple[type[BaseModel], ...] = (Row, Machine, Spread, Continuation, Samples, ParityRecord)
 _ATTRIBUTE = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {6,}.*)*)", re.MULTILINE)

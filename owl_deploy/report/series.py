@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from owl_deploy.bench.rows import Row
-from owl_deploy.report.text import enumeration, percent
+from owl_deploy.formatting import enumeration, percent
 
 
 class Workload(NamedTuple):

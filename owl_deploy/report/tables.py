@@ -14,11 +14,13 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from owl_deploy.bench.rows import WIDE, Machine, Row, Spread
+from owl_deploy.bench.rows import WIDE, Row, Spread
 from owl_deploy.files import write_text
-from owl_deploy.report.paper import PAPER_SETTING
+from owl_deploy.formatting import MISSING, escaped, number, one_line, percent, perplexity_text, size
+from owl_deploy.machine.description import Machine
+from owl_deploy.paper.speedups import PAPER_SETTING
 from owl_deploy.report.series import Series, by_series, dense_references, workload_of
-from owl_deploy.report.text import MISSING, escaped, number, one_line, percent, perplexity_text, ratio, size
+from owl_deploy.report.text import ratio
 
 UNSTEADY_MARK, WIDE_MARK = "†", "‡"
 _ERROR_CHARACTERS = 60

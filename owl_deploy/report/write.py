@@ -8,6 +8,7 @@ from pathlib import Path
 from owl_deploy.bench.rows import RESULTS, Row
 from owl_deploy.errors import UserError
 from owl_deploy.files import disk_errors, write_text
+from owl_deploy.formatting import escaped
 from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import findings
 from owl_deploy.report.page.render import page
@@ -16,7 +17,6 @@ from owl_deploy.report.plots import plot_pareto, plot_speedup
 from owl_deploy.report.series import by_workload, model_names
 from owl_deploy.report.tables import markdown_table, write_csv
 from owl_deploy.report.templates import template
-from owl_deploy.report.text import escaped
 
 REPORT = "report.md"
 PAGE = "report.html"

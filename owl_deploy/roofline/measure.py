@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.bench.machine import (
+from owl_deploy.bench.run import random_prompt
+from owl_deploy.bundle.manifest import GRAPH, BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.names import FLAVORS, Flavor, weights_of
+from owl_deploy.engines.client import EngineFailed, EngineProcess
+from owl_deploy.engines.registry import ENGINES, EngineSpec
+from owl_deploy.errors import CheckFailed, UserError
+from owl_deploy.machine.cpu import instruction_set
+from owl_deploy.machine.description import (
     MEMORY_SET_BYTES,
     busy_cores,
     cpu_model,
     last_level_cache_bytes,
     read_bandwidth_gb_s,
 )
-from owl_deploy.bench.run import random_prompt
-from owl_deploy.engines.client import EngineFailed, EngineProcess
-from owl_deploy.engines.cpu import instruction_set
-from owl_deploy.engines.registry import ENGINES, EngineSpec
-from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.bundle import GRAPH, BundleManifest, check_files, read_bundle
-from owl_deploy.export.names import FLAVORS, Flavor, weights_of
+from owl_deploy.machine.threads import available_cores
 from owl_deploy.reporting import Reporter
 from owl_deploy.roofline.profile import Profile, by_operator, profile_decode
 from owl_deploy.roofline.records import BandwidthRecord, FlavorFigures, KindFigures, MatrixFigures, Roofline
 from owl_deploy.roofline.traffic import KINDS, Matrix, Traffic, read_traffic
 from owl_deploy.sparse.library import library_path
-from owl_deploy.threads import available_cores
 
 ATTENTION, REST, MATRICES, TOKEN = "attention, KV cache", "other operators", "all matrices", "whole token"
 

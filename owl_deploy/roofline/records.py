@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from owl_deploy import __version__
-from owl_deploy.pruning.manifest import Record
+from owl_deploy.records import Record
 
 
 class BandwidthRecord(Record):

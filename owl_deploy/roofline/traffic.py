@@ -13,10 +13,11 @@ from typing import Any
 
 import onnx
 
+from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
+from owl_deploy.bundle.names import Flavor
 from owl_deploy.errors import UserError
-from owl_deploy.export.bundle import GRAPH, FlavorRecord
-from owl_deploy.export.names import SPARSE_OPERATOR, Flavor
 from owl_deploy.files import read_json
+from owl_deploy.sparse.formats import SPARSE_OPERATOR
 
 QKV, OUTPUT, GATE_UP, DOWN, HEAD, OTHER = (
     "attention qkv",

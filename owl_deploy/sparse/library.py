@@ -13,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.errors import UserError
-
-# The weight formats, by the number that `format.h` gives them.
-FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4}
+from owl_deploy.sparse.formats import FORMATS
 
 _PATH = Path(__file__).with_name("libowl_sparse.so")
 _ABI = 3  # kOwlAbi in library.h

@@ -14,8 +14,8 @@ from pydantic import Field
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.tasks import TaskAccuracy
 from owl_deploy.pruning.levels import parse_sparsities
-from owl_deploy.pruning.manifest import Record, TextRecord, fingerprint
 from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.records import Record, TextRecord, fingerprint
 from owl_deploy.studies.tables import Table
 
 

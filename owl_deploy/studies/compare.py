@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from owl_deploy.errors import UserError
+from owl_deploy.formatting import percent
+from owl_deploy.paper.tables import DENSE_7B, LLAMA_7B, TABLE_1, TABLE_3, TABLE_4, TABLE_10, at_tenth
 from owl_deploy.pruning.plan import NM, Allocation, Granularity, Method, MixedNM, PruningPlan
-from owl_deploy.report.text import percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
-from owl_deploy.studies.paper import DENSE_7B, LLAMA_7B, TABLE_1, TABLE_3, TABLE_4, TABLE_10, at_tenth
 from owl_deploy.studies.plot import by_name, perplexity_curves, perplexity_grid
 from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 

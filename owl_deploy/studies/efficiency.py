@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from owl_deploy.formatting import number, percent
+from owl_deploy.paper.tables import LLAMA_7B, TABLE_7
 from owl_deploy.pruning.plan import Allocation, Method, PruningPlan
-from owl_deploy.report.text import number, percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity
-from owl_deploy.studies.paper import LLAMA_7B, TABLE_7
 from owl_deploy.studies.plot import bars
 from owl_deploy.studies.tables import Column, Table, asked, fraction, label
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from owl_deploy.paper.tables import DENSE_13B, LLAMA_13B, TABLE_2, TABLE_2_DENSE_LOD, TABLE_2_M
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
-from owl_deploy.studies.paper import DENSE_13B, LLAMA_13B, TABLE_2, TABLE_2_DENSE_LOD, TABLE_2_M
 from owl_deploy.studies.plot import curves
 from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 

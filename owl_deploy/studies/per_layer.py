@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from owl_deploy.paper.tables import DENSE_7B, LLAMA_7B, TABLES_13_14
 from owl_deploy.pruning.plan import Allocation, PruningPlan
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
-from owl_deploy.studies.paper import DENSE_7B, LLAMA_7B, TABLES_13_14
 from owl_deploy.studies.plot import Points, curves
 from owl_deploy.studies.tables import Table, asked, fraction, label, perplexities
 

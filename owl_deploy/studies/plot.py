@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from owl_deploy.report.plots import COLOURS, MARKERS, scale_logarithmically
-from owl_deploy.report.text import perplexity_text
+from owl_deploy.formatting import perplexity_text
+from owl_deploy.plotting import COLOURS, MARKERS, scale_logarithmically
 from owl_deploy.studies.cells import CellRecord
 
 Points = Sequence[tuple[float, float]]

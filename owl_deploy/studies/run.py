@@ -15,22 +15,23 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.allocation.owl import outlier_percent
-from owl_deploy.bench.machine import cpu_model
-from owl_deploy.checkpoints.load import context_length, load_model, load_tokenizer, require_tokenizer
-from owl_deploy.checkpoints.source import ModelSource
-from owl_deploy.checkpoints.structure import Block, find_blocks
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.evaluation.tasks import TaskAccuracy, TaskRequest
 from owl_deploy.files import disk_errors, locked, write_text
+from owl_deploy.formatting import number, perplexity_text
+from owl_deploy.machine.description import cpu_model
+from owl_deploy.models.load import context_length, load_model, load_tokenizer, require_tokenizer
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import Block, find_blocks
 from owl_deploy.pruning.allocate import allocate
-from owl_deploy.pruning.dense import measure_dense
+from owl_deploy.pruning.calibration.dense import measure_dense
+from owl_deploy.pruning.calibration.stream import in_fp32
 from owl_deploy.pruning.driver import prune_blocks
-from owl_deploy.pruning.manifest import BlockRecord, TextRecord, fingerprint, read_record, versions
+from owl_deploy.pruning.manifest import BlockRecord
 from owl_deploy.pruning.run import Calibration, Evaluation
-from owl_deploy.pruning.stream import in_fp32
 from owl_deploy.pruning.weights import InMemory, restored
-from owl_deploy.report.text import number, perplexity_text
+from owl_deploy.records import TextRecord, fingerprint, read_record, versions
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult, TasksRecord
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows

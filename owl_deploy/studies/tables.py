@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from owl_deploy.report.text import MISSING, escaped, percent, perplexity_text
+from owl_deploy.formatting import MISSING, escaped, percent, perplexity_text
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from owl_deploy.evaluation.tasks import TaskAccuracy
+from owl_deploy.formatting import percent
+from owl_deploy.paper.tables import LLAMA_7B, TABLE_5, TABLE_5_DENSE, TABLE_5_TASKS
+from owl_deploy.plotting import COLOURS
 from owl_deploy.pruning.plan import Allocation, PruningPlan
-from owl_deploy.report.plots import COLOURS
-from owl_deploy.report.text import percent
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
-from owl_deploy.studies.paper import LLAMA_7B, TABLE_5, TABLE_5_DENSE, TABLE_5_TASKS
 from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 
 _ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "owl")

@@ -11,11 +11,11 @@ from typing import Literal
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from owl_deploy.bench.rows import Row, Spread
-from owl_deploy.report.paper import TABLE_8
+from owl_deploy.formatting import number, percent, perplexity_text
+from owl_deploy.paper.speedups import TABLE_8
 from owl_deploy.report.pareto import Box, Point, boxes_along, padded, place_labels, points_of, steps_along
 from owl_deploy.report.plots import Style, uncertainty
 from owl_deploy.report.series import by_series
-from owl_deploy.report.text import number, percent, perplexity_text
 
 _WIDTH, _HEIGHT = 560, 380
 _FRAME = Box(54, 14, 490, 314)

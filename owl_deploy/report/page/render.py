@@ -17,17 +17,19 @@ from importlib.resources import files
 from markupsafe import Markup, escape
 
 from owl_deploy.bench.rows import SCHEMA_VERSION, Row
+from owl_deploy.formatting import number, percent, size
+from owl_deploy.paper.speedups import PAPER_SETTING
+from owl_deploy.plotting import COLOURS
 from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import Verdict, findings, verdict
 from owl_deploy.report.page.charts import Chart, Strip, indices, marker_path, pareto_chart, speedup_chart, strip
 from owl_deploy.report.page.memory import MemoryFigures, memory_figures
-from owl_deploy.report.paper import PAPER_SETTING
 from owl_deploy.report.pareto import front_text
-from owl_deploy.report.plots import COLOURS, styles
+from owl_deploy.report.plots import styles
 from owl_deploy.report.series import Series, by_series, by_workload, model_names, sparsity_label
 from owl_deploy.report.tables import CSV_FIELDS, Column, footnotes, shown_columns, split_cell, value_at
 from owl_deploy.report.templates import template
-from owl_deploy.report.text import number, percent, ratio, size
+from owl_deploy.report.text import ratio
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 _VERDICTS: dict[Verdict, str] = {"faster": "▲", "slower": "▼", "no different": "≈"}

@@ -1,0 +1,137 @@
+"""`bundle.json`: the graphs made from one checkpoint, and what was checked about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from owl_deploy.bundle.names import Flavor
+from owl_deploy.bundle.records import MatrixRecord, ParityRecord
+from owl_deploy.errors import UserError
+from owl_deploy.records import Record, read_record, versions
+from owl_deploy.sparse.formats import Head
+
+MANIFEST = "bundle.json"
+GRAPH = "model.onnx"
+_GRAPHS = (GRAPH, "model.gguf", "openvino_model.", "model.safetensors", "model-")  # how files with weights begin
+DENSE_BELOW = 0.01  # of all weights: dequantised checkpoints hold a few exact zeros
+
+
+class FileRecord(Record):
+    """One file of a flavor, by its path in the bundle."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class AuditRecord(Record):
+    """The sparsity audit: each linear's weight was found unchanged in the graph, at this place."""
+
+    weights: int
+    zeros: int
+    linears: dict[str, str]
+
+
+class PackedRecord(Record):
+    """How a sparse flavor stores its weights.
+
+    Attributes:
+        error: the norm of what storing changed in the packed weights, over their own norm.
+        matrices: every product of the graph with constant weights, packed or not.
+    """
+
+    head: Head
+    error: float
+    matrices: list[MatrixRecord]
+
+
+class FlavorRecord(Record):
+    """One graph, or what another engine runs; `source` is the exporter it came from and `note` why that one.
+
+    Attributes:
+        parity, audit: null for what other engines run: `bench` compares them with ONNX Runtime.
+
+    A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
+    is no error of the graph, and `packed` says what it is.
+    """
+
+    source: str
+    note: str
+    parity: ParityRecord | None
+    audit: AuditRecord | None
+    files: list[FileRecord]
+    packed: PackedRecord | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its weights, tokenizer and configs not counted."""
+        return sum(file.bytes for file in self.graph_files)
+
+    @property
+    def graph_files(self) -> list[FileRecord]:
+        """The graph and its weights."""
+        return [file for file in self.files if Path(file.path).name.startswith(_GRAPHS)]
+
+
+class BundleManifest(Record):
+    """The whole of `bundle.json`.
+
+    Attributes:
+        parity_text: what the graphs were compared on: the packaged passage, or random ids without a tokenizer.
+        frame_sha256: of the config and of all weights but those of the blocks' linears: what a model's levels share.
+    """
+
+    schema_version: int = 1
+    model: str
+    checkpoint_sha256: str
+    frame_sha256: str | None = None
+    family: str
+    method: str | None
+    allocation: str | None
+    sparsity_asked: float | None
+    sparsity_achieved: float
+    vocabulary: int
+    context: int | None
+    has_tokenizer: bool
+    parity_text: Literal["passage", "random"]
+    flavors: dict[Flavor, FlavorRecord]
+    unsupported: dict[Flavor, str] = Field(default_factory=dict)
+    versions: dict[str, str]
+
+    @property
+    def is_dense(self) -> bool:
+        """No sparsity was asked of the model, and it has none to speak of."""
+        return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
+
+
+def read_bundle(directory: Path) -> BundleManifest:
+    """The manifest of a bundle.
+
+    Raises:
+        UserError: the directory is not a bundle, or its manifest is corrupted or of another schema.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export")
+    return read_record(path, BundleManifest, mend="export the model again")
+
+
+def check_files(bundle: Path, files: Iterable[FileRecord]) -> None:
+    """Refuse files of a bundle that were cut short or replaced.
+
+    Raises:
+        UserError: one is missing, or of another size; it is named.
+    """
+    for file in files:
+        path = bundle / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            raise UserError(f"{path}: not the file that bundle.json describes; export the model again")
+
+
+def exporter_versions() -> dict[str, str]:
+    """Versions of what decides the graphs."""
+    return versions("onnx", "onnxruntime", "onnxruntime-genai", "optimum-onnx")

@@ -1,0 +1,67 @@
+"""Names that graphs and the engines reading them agree on; standard library only, for the engines' sake."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from owl_deploy.sparse.formats import WEIGHTS, Weights
+
+SparseFlavor = Literal["sparse-packed32", "sparse-packed16", "sparse-int8"]
+PeerFlavor = Literal[
+    "genai-int8",
+    "genai-int4",
+    "openvino",
+    "openvino-int8",
+    "openvino-int4",
+    "gguf-f16",
+    "gguf-q8_0",
+    "gguf-q4_0",
+    "torch",
+]
+Flavor = Literal["standard", "genai", SparseFlavor, PeerFlavor]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+PEER_FLAVORS: tuple[PeerFlavor, ...] = get_args(PeerFlavor)
+"""What other engines run, made from the same checkpoint: its weights as those engines store them."""
+
+
+def model_file(flavor: Flavor) -> str:
+    """The file of a flavor's folder that its engine is given; what else the engine needs lies beside it."""
+    if flavor.startswith("openvino"):
+        return "openvino_model.xml"
+    if flavor.startswith("gguf"):
+        return "model.gguf"
+    return "config.json" if flavor == "torch" else "model.onnx"
+
+
+def precision_of(flavor: Flavor) -> str:
+    """How a flavor stores the weights of its blocks."""
+    sparse = weights_of(flavor)
+    suffix = flavor.partition("-")[2]
+    return sparse or suffix or "fp32"
+
+
+def sparse_flavor(weights: Weights) -> SparseFlavor:
+    """The flavor with these weights."""
+    flavors: dict[Weights, SparseFlavor] = {
+        "packed32": "sparse-packed32",
+        "packed16": "sparse-packed16",
+        "int8": "sparse-int8",
+    }
+    return flavors[weights]
+
+
+def weights_of(flavor: Flavor) -> Weights | None:
+    """How a sparse flavor stores its weights; None for a flavor of plain fp32."""
+    return next((weights for weights in WEIGHTS if sparse_flavor(weights) == flavor), None)
+
+
+ATTENTION_BIAS = "attention_bias"
+"""The tensor every layer of a built graph adds to its attention scores, [B, 1, G * L, S], where G is the number of
+query heads to a key-value head: 0 where a query may look, else a huge negative number. It is the Concat of G equal
+masks. Nothing else in the graph reads the attention mask, so an engine may cut the graph here."""
+
+OPSET = 14
+"""The oldest that has every operator needed; DeepSparse reads 14 to 19."""
+
+IR_VERSION = 8
+"""DeepSparse refuses 9 and above."""

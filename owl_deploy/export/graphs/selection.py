@@ -1,0 +1,19 @@
+"""Which format a matrix is stored in: never a slower or a bigger one than dense."""
+
+from __future__ import annotations
+
+from owl_deploy.sparse.formats import Stored, Weights
+
+# What was asked for is stored as the first of these whose density reaches the matrix's; README.md has what was
+# measured. Packed weights lose to dense fp32 above 0.7, while many tokens are prefilled. A mask takes a bit and as
+# many instructions for a zero as for a weight: few weights are read faster with their index, and 11 bits of each.
+_STORED: dict[Weights, tuple[tuple[float, Stored], ...]] = {
+    "packed32": ((0.7, "packed32"), (1, "fp32")),
+    "packed16": ((0.7, "packed16"), (1, "fp32")),
+    "int8": ((0.15, "packed16"), (0.87, "int8"), (1, "dense8")),
+}
+
+
+def choose(weights: Weights, density: float) -> Stored:
+    """How to store a matrix of which `density` is not zero, where `weights` were asked for."""
+    return next(stored for limit, stored in _STORED[weights] if density <= limit)

@@ -1,0 +1,110 @@
+"""Does the graph compute what the checkpoint computes? Checked by the engine that will run it, on real text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from owl_deploy.bundle.records import ParityRecord
+from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from owl_deploy.engines.probe import engine_logits
+from owl_deploy.engines.protocol import Logits, TokenIds
+from owl_deploy.errors import CheckFailed, UnsupportedFamily
+
+TOLERANCE = 1e-2  # of a logit
+ROUNDED_TOLERANCE = {"f16": 0.05, "packed16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
+"""How far logits may be from those of the unrounded weights, by how these are stored: the norm of the difference over
+that of the logits. Past it the engine does not run this model: logits of another one are at 1.4."""
+
+REFERENCES = ("onnxruntime", "sparse-packed32")
+"""Engines that others are compared with, the first choice first: they run unrounded weights, and were compared with
+torch when the graph was made."""
+
+
+@torch.inference_mode()
+def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
+    """Logits of the torch model for one sequence: [length] -> [length, vocab]."""
+    logits: Logits = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
+    return logits
+
+
+def check_parity(
+    graph: Path, model: PreTrainedModel, ids: TokenIds, engine_class: type[OnnxRuntimeEngine] = OnnxRuntimeEngine
+) -> ParityRecord:
+    """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
+
+    Args:
+        ids: one sequence of more than 16 tokens.
+        engine_class: what runs the graph.
+
+    Raises:
+        CheckFailed: see `compare`.
+        UnsupportedFamily: ONNX Runtime cannot run the graph (GroupQueryAttention wants heads of 16, 32, … elements).
+    """
+    try:
+        engine = engine_class(graph, threads=torch.get_num_threads(), context=len(ids), rearrange=False)
+        at_once, decoded = engine_logits(engine, ids)
+    except Exception as error:  # its exceptions have no base of their own
+        reason = str(error).strip().splitlines()[0].partition("Status Message: ")
+        raise UnsupportedFamily(
+            f"{graph.parent.name}: ONNX Runtime cannot run this model's graph ({reason[2] or reason[0]})"
+        ) from error
+    name = f"{graph.parent.name}/{graph.name}"
+    return compare(reference_logits(model, ids), at_once, decoded, what=name, reference="torch")
+
+
+def compare(
+    expected: Logits, at_once: Logits, decoded: Logits, *, what: str, reference: str, precision: str = "fp32"
+) -> ParityRecord:
+    """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
+
+    Args:
+        precision: how the weights behind the compared logits are stored.
+
+    Raises:
+        CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
+            likely ones are further apart than that. Of rounded weights: see `ROUNDED_TOLERANCE`.
+    """
+    if any(logits.ndim != 2 or logits.shape[1] != expected.shape[1] for logits in (at_once, decoded)):
+        raise CheckFailed(f"{what}: logits differ from the checkpoint's in shape: {at_once.shape}, {decoded.shape}")
+    difference = _difference(expected[: len(at_once)], at_once)
+    difference_with_past = _difference(expected[len(at_once) :], decoded)
+    agrees = expected.argmax(axis=1) == np.concatenate([at_once, decoded]).argmax(axis=1)
+    top_two = np.partition(expected, -2, axis=1)[:, -2:]
+    clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
+    worst = max(difference, difference_with_past)
+    relative = _relative_difference(expected, np.concatenate([at_once, decoded]))
+    allowed = ROUNDED_TOLERANCE.get(precision)
+    if allowed is not None:
+        if not relative <= allowed:
+            raise CheckFailed(
+                f"{what}: logits differ from the checkpoint's by {relative:.2g} of their norm; rounding its weights to "
+                f"{precision} explains {allowed:g}"
+            )
+    elif not worst <= TOLERANCE:  # NaN fails too
+        raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}")
+    elif (clear & ~agrees).any():
+        raise CheckFailed(f"{what}: its most likely token differs from the checkpoint's where that one is clear")
+    return ParityRecord(
+        reference=reference,
+        positions=len(at_once),
+        positions_with_past=len(decoded),
+        max_abs_difference=difference,
+        max_abs_difference_with_past=difference_with_past,
+        argmax_agreement=float(agrees.mean()),
+        relative_difference=relative,
+    )
+
+
+def _relative_difference(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    actual = actual - actual.mean(axis=1, keepdims=True)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def _difference(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    return float(np.abs(expected - actual).max())
