@@ -15,3 +15,8 @@ class UnsupportedFamily(UserError):
 
 class CheckFailed(Exception):
     """What was made is not what was asked for (parity, audit, a threshold): nothing is kept. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another package says, on one line: its message's first, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

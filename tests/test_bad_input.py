@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import T5Config
 
+from owl_deploy.errors import first_line
 from owl_deploy.pruning.plan import METHODS
 
 from .conftest import WORDS, Ran, RunCli, TinyModel
@@ -504,3 +505,22 @@ def test_a_terminated_run_cleans_up(work: Path, writing: subprocess.Popen[str]) 
     assert stderr.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in stderr
     assert [path.name for path in work.iterdir()] == [".out.unfinished"]  # finished blocks, for the next run
+
+
+@pytest.mark.parametrize(
+    ("message", "line"), [("no such file\nTraceback: …", "no such file"), ("\n  late\n", "late"), ("", "OSError")]
+)
+def test_an_error_of_another_package_is_told_on_one_line_even_if_it_says_nothing(message: str, line: str) -> None:
+    assert first_line(OSError(message)) == line
+
+
+def test_a_device_that_fails_without_a_word_is_one_line(
+    prune: Prune, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speechless(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("torch.empty", speechless)
+    ran = prune(model, "--device", "npu")
+    assert ran.code == 2
+    assert "--device npu: torch cannot compute there (AssertionError)" in ran.stderr

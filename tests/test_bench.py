@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_a_model_without_text_is_measured_on_random_tokens_without_perplexity(
     (row,) = rows_of(ran)
     assert row["perplexity"] is None
     assert row["decode_ms_p50"] > 0
+
+
+def test_the_command_in_the_report_can_be_pasted_into_a_shell(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert swept
+    arguments = [out / "0" / "bundle", "-o", tmp_path / "two words", *WORKLOAD, "--repetitions", 1]
+    condition = 'speedup["onnxruntime"]@0.7 > 99'
+    command = ["owl-deploy", "bench", *map(str, arguments), "--fail-if", condition]
+    monkeypatch.setattr("sys.argv", command)
+    run_cli(*command[1:])
+    report = (tmp_path / "two words" / "report.md").read_text(encoding="utf-8")
+    assert any(shlex.split(line) == command for line in report.splitlines() if line.startswith("owl-deploy bench"))
 
 
 def test_an_engine_that_fails_is_a_row_that_says_so(

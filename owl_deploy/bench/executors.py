@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import owl_deploy
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 from owl_deploy.reporting import SILENT, Reporter
 
 LevelT = TypeVar("LevelT")
@@ -91,7 +91,7 @@ def _connect(ray: Any, address: str | None) -> None:
             **own,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--ray-address {address}: no Ray cluster can be reached there ({reason})") from error
 
 

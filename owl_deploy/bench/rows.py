@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from owl_deploy import __version__
 from owl_deploy.bundle.manifest import DENSE_BELOW
 from owl_deploy.bundle.records import ParityRecord
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 from owl_deploy.machine.description import Machine
 from owl_deploy.records import Record
 
@@ -227,6 +227,6 @@ def read_rows(path: Path) -> list[Row]:
 def _reason(error: ValueError) -> str:
     """What is wrong with a line, in words; of a record, its first wrong field."""
     if not isinstance(error, ValidationError):
-        return str(error).splitlines()[0]
+        return first_line(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def bench_bundles(
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines, request.dense_only)
     workloads = _workloads(manifests, request)
-    command = command or " ".join(["owl-deploy", *sys.argv[1:]])
+    command = command or shlex.join(["owl-deploy", *sys.argv[1:]])
     with locked(out):
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,11 @@ from typing import Annotated, Optional
 import typer
 
 from owl_deploy.errors import UserError
+from owl_deploy.machine.threads import available_cores
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads. Default: all cores this process may use.")]
 Calibration = Annotated[
     str,
     typer.Option(help="Text to calibrate on: c4, wikitext2, demo, a .txt, .jsonl or .parquet file, or a .npy of ids."),
@@ -73,8 +74,7 @@ def need_tasks(**given: object) -> None:
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch compute on this many threads."""
-    if threads is not None:
-        import torch
+    """Let torch compute on this many threads; by default on as many as it would, and the process has cores."""
+    import torch
 
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cores()))

@@ -27,7 +27,7 @@ import onnx
 
 from owl_deploy.bundle.manifest import GRAPH, BundleManifest
 from owl_deploy.bundle.names import Flavor, weights_of
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 from owl_deploy.files import read_json, write_json
 from owl_deploy.sparse.library import library_path
 
@@ -91,7 +91,7 @@ class GenerationModel:
                 config.overlay(overlay)
                 self._model = onnxruntime_genai.Model(config)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{directory}: onnxruntime-genai cannot load it ({reason}); export it again") from error
         self._vocabulary = manifest.vocabulary
         self.context: int = model["context_length"]

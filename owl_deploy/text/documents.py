@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, first_line
 
 Split = Literal["calibration", "evaluation"]
 
@@ -65,7 +65,7 @@ def _column(spec: str, **arguments: Any) -> list[str]:
     try:
         rows = datasets.load_dataset(**arguments)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{spec}: cannot be read ({reason}); give a local .txt, .jsonl or .parquet file") from error
     if "text" not in rows.column_names:
         raise UserError(f"{spec}: has no column 'text'; its columns are {', '.join(rows.column_names)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from owl_deploy.errors import UnsupportedFamily, UserError
+from owl_deploy.errors import UnsupportedFamily, UserError, first_line
 
 
 def write_genai(
@@ -49,7 +49,7 @@ def write_genai(
     except Exception as error:  # whatever a builder of some family raises
         written = all((out / name).is_file() for name in ("model.onnx", "genai_config.json"))
         if has_tokenizer or not written:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{checkpoint}: onnxruntime-genai's builder failed ({reason})") from error
 
 

@@ -13,7 +13,7 @@ from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.protocol import Logits, TokenIds
-from owl_deploy.errors import CheckFailed, UnsupportedFamily
+from owl_deploy.errors import CheckFailed, UnsupportedFamily, first_line
 
 TOLERANCE = 1e-2  # of a logit
 ROUNDED_TOLERANCE = {"f16": 0.05, "packed16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
@@ -49,7 +49,7 @@ def check_parity(
         engine = engine_class(graph, threads=torch.get_num_threads(), context=len(ids), rearrange=False)
         at_once, decoded = engine_logits(engine, ids)
     except Exception as error:  # its exceptions have no base of their own
-        reason = str(error).strip().splitlines()[0].partition("Status Message: ")
+        reason = first_line(error).partition("Status Message: ")
         raise UnsupportedFamily(
             f"{graph.parent.name}: ONNX Runtime cannot run this model's graph ({reason[2] or reason[0]})"
         ) from error
