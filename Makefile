@@ -6,8 +6,6 @@ OUT ?= demo
 # --no-compile: Python compiles what it imports, which is a small part of what is installed.
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 
-# Engines that need an environment of their own get it inside the checkout.
-export OWL_DEPLOY_ENGINES := $(CURDIR)/.venvs
 export TOKENIZERS_PARALLELISM := false
 # With it, and nothing compiled by pip, every process would compile torch and transformers anew: 13 s a start, not 4.
 unexport PYTHONDONTWRITEBYTECODE

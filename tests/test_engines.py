@@ -17,12 +17,13 @@ import pytest
 
 from owl_deploy.engines import environments
 from owl_deploy.engines.client import EngineFailed, EngineProcess
-from owl_deploy.engines.environments import Environment, find_python
+from owl_deploy.engines.environments import Environment, engines_directory, find_python
 from owl_deploy.engines.probe import Sampling
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.machine.energy import cpu_energy_uj
+from owl_deploy.sparse import library
 
 from .conftest import RunCli, TinyModel
 
@@ -195,6 +196,59 @@ def test_engines_list_names_every_engine_with_its_licence(run_cli: RunCli) -> No
     rows = {row["engine"]: row for row in json.loads(ran.stdout)}
     assert rows["onnxruntime"]["status"] == "ready"
     assert "not production" in rows["deepsparse"]["licence"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_engines_list_never_cuts_a_name(columns: int, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ran = run_cli("engines", "list")
+    assert set(ENGINES) <= set(ran.stdout.split())
+    assert "…" not in ran.stdout
+    assert all(len(line) <= columns for line in ran.stdout.splitlines())
+
+
+def test_engines_list_tells_the_kernels_that_will_run_and_no_more(
+    run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> dict[str, str | None]:
+        rows = json.loads(run_cli("engines", "list", "--json").stdout)
+        return {row["engine"]: row["instruction_set"] for row in rows}
+
+    assert told()["sparse-int8"] == library.instruction_sets()[0]
+    assert told()["onnxruntime"] is None
+    monkeypatch.setenv("OWL_DEPLOY_KERNELS", "scalar")
+    assert told()["sparse-int8"] == "scalar"
+
+
+def test_engines_list_says_so_where_our_library_was_not_built(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_PATH", tmp_path / "libowl_sparse.so")
+    rows = {row["engine"]: row for row in json.loads(run_cli("engines", "list", "--json").stdout)}
+    assert "Install g++" in rows["sparse-int8"]["status"]
+    assert rows["onnxruntime"]["status"] == "ready"
+
+
+def test_environments_are_where_make_has_them_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OWL_DEPLOY_ENGINES", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkout = Path(environments.__file__).parents[2]
+    assert engines_directory() == checkout / ".venvs"
+    said = subprocess.run(
+        ["make", "--no-print-directory", "--eval", "said: ; @echo [$(OWL_DEPLOY_ENGINES)]", "said"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "[]"  # what make runs looks in the same place
+    assert engines_directory(tmp_path) == tmp_path / "cache" / "owl-deploy" / "engines"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "something-else"\n')
+    assert engines_directory(tmp_path) == tmp_path / "cache" / "owl-deploy" / "engines"
+    monkeypatch.setenv("OWL_DEPLOY_ENGINES", str(tmp_path / "mine"))
+    assert engines_directory() == tmp_path / "mine"
 
 
 def test_an_engine_that_was_not_installed_is_refused_with_the_command(

@@ -18,7 +18,7 @@ import pytest
 from owl_deploy.bench import processes
 from owl_deploy.bench.run import Request, bench_bundles
 from owl_deploy.bundle.manifest import MANIFEST
-from owl_deploy.engines.client import EngineProcess
+from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
 from owl_deploy.export.run import export_checkpoint
@@ -113,6 +113,41 @@ def test_whatever_an_engine_does_its_row_says_so_and_the_others_go_on(
     assert leaking["rss_growth_bytes"] > 2 * 2**22 * 8 * 0.9  # two rounds after the first
     assert not wavering["repeatable"]
     assert rows["onnxruntime"]["repeatable"]
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def becomes(pid: int, is_so: Callable[[int], bool]) -> bool:
+    """Whether it is so within 10 seconds: signals reach the processes of a group one after the other."""
+    deadline = time.monotonic() + 10
+    while not is_so(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return is_so(pid)
+
+
+def test_what_an_engine_starts_is_paused_and_ended_with_it(bundle: Path, hostile: Register) -> None:
+    (name,) = hostile("Forking")
+    with EngineProcess(ENGINES[name], 1) as process:
+        process.load(bundle / "genai" / "model.onnx", threads=1, context=16, prompts=[])
+        child = process.facts["child"]
+        process.pause()
+        assert becomes(child, lambda pid: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        process.resume()
+        assert becomes(child, lambda pid: psutil.Process(pid).status() == psutil.STATUS_RUNNING)
+        assert process.ask(do="generate", prompts=[[1, 2]], new_tokens=2)["tokens"]
+    assert becomes(child, lambda pid: not runs(pid))
+
+
+def test_an_engine_that_dies_is_reported_at_once_and_leaves_no_child(bundle: Path, hostile: Register) -> None:
+    (name,) = hostile("ForkingAndDying")
+    with EngineProcess(ENGINES[name], 1) as process:
+        process.load(bundle / "genai" / "model.onnx", threads=1, context=16, prompts=[])
+        child = process.facts["child"]
+        with pytest.raises(EngineFailed, match=r"exit code 3.*left a child behind"):
+            process.ask(do="generate", prompts=[[1, 2]], new_tokens=2, timeout_s=60)
+        assert becomes(child, lambda pid: not runs(pid))
 
 
 def test_wrong_numbers_are_not_timed(

@@ -5,12 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json as jsonlib
 import subprocess
-from typing import Annotated, Any, Optional
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from owl_deploy.cli import options
+from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
+
+if TYPE_CHECKING:
+    from owl_deploy.engines.registry import EngineSpec
 
 app = typer.Typer(no_args_is_help=True, help="Install, list and test the engines that `bench` measures.")
 
@@ -22,9 +30,11 @@ def install(
 ) -> None:
     """Make the virtual environment of an engine that cannot share owl-deploy's.
 
-    It goes under `$OWL_DEPLOY_ENGINES`, or `~/.cache/owl-deploy/engines`. DeepSparse needs Python 3.11 or older;
-    llama.cpp is compiled, for which it needs a C++ compiler and many minutes. OpenVINO's three engines share one
-    environment.
+    It goes into `$OWL_DEPLOY_ENGINES`; by default into `.venvs` of the checkout that owl-deploy was installed from with
+    `pip install -e`, as `make` does, or else into `~/.cache/owl-deploy/engines`.
+
+    DeepSparse needs Python 3.11 or older. llama.cpp is compiled, which takes a C++ compiler and many minutes. The three
+    engines of OpenVINO share one environment.
 
     Examples:
 
@@ -50,26 +60,21 @@ def install(
 
 @app.command("list")
 def list_engines(json: options.Json = False) -> None:
-    """Show every engine: whether it can run here, its version, instruction set and licence.
+    """Show every engine: whether it can run here, its version and licence, and the instruction set of our own kernels.
+
+    Wherever engines are asked for, `sparse` and `llama.cpp` stand for all engines of that name.
 
     Examples:
 
         owl-deploy engines list --json
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from owl_deploy.engines.registry import ENGINES
 
-    rows = [_row(name) for name in ENGINES]
+    rows = [_row(spec) for spec in ENGINES.values()]
     if json:
         typer.echo(jsonlib.dumps(rows))
-        return
-    columns = ("engine", "version", "status", "instruction_set", "licence")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[column] or "") for column in columns))
-    Console().print(table)
+    else:
+        Console().print(_table(rows))
 
 
 @app.command()
@@ -105,26 +110,62 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _row(name: str) -> dict[str, Any]:
-    from owl_deploy.engines.registry import ENGINES
-    from owl_deploy.machine.cpu import instruction_set
-
-    spec = ENGINES[name]
-    problem = spec.environment.problem() if spec.environment else None
+def _row(spec: EngineSpec) -> dict[str, Any]:
+    problem = _problem(spec)
     return {
-        "engine": name,
+        "engine": spec.name,
         "status": problem or "ready",
-        "version": None if problem else _version(name),
-        "instruction_set": None if problem else instruction_set(),
+        "version": None if problem else _version(spec),
+        "instruction_set": None if problem else _instruction_set(spec),
         "licence": spec.licence,
         "interpreter": str(spec.environment.interpreter) if spec.environment and not problem else None,
     }
 
 
-def _version(name: str) -> str:
-    from owl_deploy.engines.registry import ENGINES
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row for all engines of which the same is said, their names below each other and never cut."""
+    columns = ("version", "instruction_set", "status", "licence")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] or "" for column in columns), []).append(row["engine"])
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    for title in ("engine", "version", "kernels"):
+        table.add_column(title, no_wrap=True)
+    for title in ("status", "licence"):
+        table.add_column(title, overflow="fold")
+    for about, names in groups.items():
+        table.add_row("\n".join(names), *about)
+    return table
 
-    spec = ENGINES[name]
+
+def _problem(spec: EngineSpec) -> str | None:
+    """Why the engine cannot run here, and what to do; None if it can."""
+    from owl_deploy.sparse.library import library_path
+
+    if spec.environment is not None:
+        return spec.environment.problem()
+    if _is_ours(spec):
+        try:
+            library_path()
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def _instruction_set(spec: EngineSpec) -> str | None:
+    """That of our kernels; what other engines choose, they only say once they have loaded a model."""
+    from owl_deploy.engines.sparse_engine import chosen_kernels
+
+    return chosen_kernels() if _is_ours(spec) else None
+
+
+def _is_ours(spec: EngineSpec) -> bool:
+    from owl_deploy.bundle.names import weights_of
+
+    return weights_of(spec.flavors[0]) is not None
+
+
+def _version(spec: EngineSpec) -> str:
     if spec.environment is None:
         return importlib.metadata.version(spec.package)
     code = f"import importlib.metadata; print(importlib.metadata.version({spec.package!r}))"

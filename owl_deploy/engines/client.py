@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import selectors
 import signal
 import subprocess
@@ -32,7 +33,9 @@ class EngineFailed(Exception):
 
 
 class EngineProcess:
-    """One worker with one engine. A context manager: the process is gone when it ends.
+    """One worker with one engine. A context manager: no process of either is left when it ends.
+
+    What the engine starts is paused and ended with it, unless it leaves the worker's process group.
 
     Attributes:
         load_ms: what loading took, imports included; None before.
@@ -58,7 +61,7 @@ class EngineProcess:
             stderr=self._errors,
             text=True,
             env=process_variables(spec.environment) | {"OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # an interrupt at the terminal is ours to handle
+            start_new_session=True,  # an interrupt at the terminal is ours to handle; and one group, see `_signal`
         )
 
     def __enter__(self) -> EngineProcess:
@@ -118,7 +121,7 @@ class EngineProcess:
             self.close()
             raise EngineFailed(f"no answer to '{request['do']}' in {timeout_s:.0f} s; the process was ended")
         if not line:
-            self._process.wait()
+            self._end()
             raise EngineFailed(f"ended ({self._how_it_ended()}) during '{request['do']}': {self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
@@ -126,26 +129,31 @@ class EngineProcess:
         return answer["ok"]
 
     def pause(self) -> None:
-        """Stop all its threads: an idle engine takes nothing from the one being measured."""
+        """Stop all its threads and processes: an idle engine takes nothing from the one being measured."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End the process, whatever state it is in."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+        """End the worker and all that it started, whatever state they are in."""
+        self._end()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self._errors.close()
 
+    def _end(self) -> None:
+        # In this order: once the worker has been waited for, its group's number may become another's.
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
     def _signal(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+        """To the worker's whole group: whatever the engine started is in it."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # what macOS says of a group that has ended
+                os.killpg(self.pid, number)
 
     def _answers_within(self, timeout_s: float) -> bool:
         with selectors.DefaultSelector() as selector:

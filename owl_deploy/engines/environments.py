@@ -14,6 +14,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.files import locked, read_json, write_json
 
 _READY = "owl-deploy.json"
+_HOME = Path(__file__).resolve().parents[2]  # of the package: a checkout, or site-packages
 _TIMEOUT_S = 3 * 3600  # llama.cpp is compiled, by one slow core at worst
 
 
@@ -38,10 +39,7 @@ class Environment:
 
     @property
     def directory(self) -> Path:
-        """Under `$OWL_DEPLOY_ENGINES`, or the user's cache."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        root = Path(os.environ.get("OWL_DEPLOY_ENGINES") or cache / "owl-deploy" / "engines")
-        return root.absolute() / self.name
+        return engines_directory() / self.name
 
     @property
     def interpreter(self) -> Path:
@@ -117,6 +115,20 @@ class Environment:
         if done.returncode != 0:
             last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
             raise UserError(f"engine {self.name}: {' '.join(command[:4])} … failed: {last}")
+
+
+def engines_directory(home: Path = _HOME) -> Path:
+    """Where the environments of engines are: for a command run in a checkout the same place as for its `make`.
+
+    `$OWL_DEPLOY_ENGINES`; else `.venvs` of the checkout that owl-deploy is run from; else a folder of the user's cache.
+    """
+    if chosen := os.environ.get("OWL_DEPLOY_ENGINES"):
+        return Path(chosen).absolute()
+    project = home / "pyproject.toml"
+    if project.is_file() and 'name = "owl-deploy"' in project.read_text(encoding="utf-8").splitlines():
+        return home / ".venvs"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache.absolute() / "owl-deploy" / "engines"
 
 
 def process_variables(environment: Environment | None) -> dict[str, str]:

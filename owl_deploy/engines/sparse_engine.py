@@ -11,6 +11,11 @@ from owl_deploy.sparse.library import instruction_sets, library_path
 KERNELS_VARIABLE = "OWL_DEPLOY_KERNELS"  # an instruction set to use instead of the best; operator.cpp reads it
 
 
+def chosen_kernels() -> str:
+    """The instruction set of the kernels that will run here."""
+    return os.environ.get(KERNELS_VARIABLE) or instruction_sets()[0]
+
+
 class SparseEngine(OnnxRuntimeEngine):
     """Runs `sparse-*` graphs, whose weights are mapped from their file and read in place."""
 
@@ -20,4 +25,4 @@ class SparseEngine(OnnxRuntimeEngine):
         return options
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"kernels": os.environ.get(KERNELS_VARIABLE) or instruction_sets()[0]}
+        return super().describe() | {"kernels": chosen_kernels()}

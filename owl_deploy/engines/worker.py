@@ -27,6 +27,7 @@ _PR_SET_PDEATHSIG = 1
 def _serve(module: str, class_name: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the engine's own printing must not mix with the answers
+    os.register_at_fork(after_in_child=answers.close)  # or they would not end while what the engine forked runs
     worker = _Worker(module, class_name)
     for line in sys.stdin:
         request = json.loads(line)

@@ -101,3 +101,23 @@ class Narrow(Honest):
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         return super().decode(tokens)[..., 1:]
+
+
+class Forking(Honest):
+    """Has a child that never rests, and never ends."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.child = os.fork()
+        while self.child == 0:
+            pass
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "child": self.child}
+
+
+class ForkingAndDying(Forking):
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        del ids
+        print("left a child behind", flush=True)
+        os._exit(3)
