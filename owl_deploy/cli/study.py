@@ -1,10 +1,14 @@
 """`owl-deploy study`."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: `_command` puts signatures together, and needs the types themselves.
 
+import dataclasses
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -21,44 +25,125 @@ _TABLE_COLUMNS = 160  # where the tables do not go to a terminal
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="The paper's studies, on your model: each a table, a plot and a CSV, with the paper's figures beside.",
+    help="The paper's studies, on your model: each writes a table, a plot and a CSV, with the paper's figures beside.",
 )
 
-Model = Annotated[str, typer.Argument(help=options.MODEL_HELP)]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", help="Directory of the study. Cells that are there already are not measured again."),
-]
 Sparsities = Annotated[str, typer.Option(help="FIRST:LAST:STEP, or a list: 0.5,0.6,0.7.")]
-Method = Annotated[str, typer.Option(help="Which weights go: wanda, sparsegpt, admm, … as in `prune`.")]
+Method = Annotated[str, typer.Option(help="Pruning method: wanda, sparsegpt, admm, … as in `prune`.")]
 OwlMs = Annotated[str, typer.Option("--m", help="Values of M.")]
-Evaluate = Annotated[str, typer.Option(metavar="SPEC", help="Text to measure perplexity on.")]
 
 
-@app.command()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """The options of every study."""
+
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)]
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Directory of the study. Cells it already holds are not measured again."),
+    ]
+    calibration: options.Calibration = "c4"
+    samples: options.Samples = None
+    seqlen: options.Seqlen = None
+    seed: options.Seed = 0
+    threads: options.Threads = None
+    json: options.Json = False
+    quiet: options.Quiet = False
+
+    @property
+    def evaluation(self) -> tuple[str, int | None] | None:
+        """The text to measure perplexity on, and how many windows of it; None for no perplexity."""
+        return None
+
+    def run(self, study: "Study", tasks: TaskRequest | None = None) -> None:
+        """Measure a study, write its files, and print its tables."""
+        from owl_deploy.models.source import resolve_model
+        from owl_deploy.pruning.run import Calibration, Evaluation
+        from owl_deploy.report.study import write_study
+        from owl_deploy.studies.run import run_study
+        from owl_deploy.studies.tables import terminal_tables
+
+        options.use_threads(self.threads)
+        evaluation = None
+        if self.evaluation is not None:
+            text, windows = self.evaluation
+            evaluation = Evaluation(text, self.seqlen, windows)
+        result = run_study(
+            resolve_model(self.model),
+            self.output,
+            study,
+            Calibration(self.calibration, self.samples, self.seqlen, self.seed),
+            evaluation,
+            tasks,
+            reporter=Reporter(quiet=self.quiet),
+        )
+        report = write_study(study, result, self.output)
+        if self.json:
+            typer.echo(result.model_dump_json())
+        elif not self.quiet:
+            width = None if sys.stdout.isatty() else _TABLE_COLUMNS
+            Console(width=width).print(terminal_tables(study.tables(result)))
+            typer.echo(str(report))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _WithPerplexity(_Request):
+    """Those of a study that measures perplexity."""
+
+    evaluate: Annotated[str, typer.Option(metavar="SPEC", help="Text to measure perplexity on.")] = "wikitext2"
+    evaluate_windows: options.EvaluateWindows = None
+
+    @property
+    def evaluation(self) -> tuple[str, int | None] | None:
+        return self.evaluate, self.evaluate_windows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PerhapsWithPerplexity(_Request):
+    """Those of a study that measures perplexity if it is given a text."""
+
+    evaluate: Annotated[Optional[str], typer.Option(metavar="SPEC", help="Also measure perplexity on this text.")] = (
+        None
+    )
+    evaluate_windows: options.EvaluateWindows = None
+
+    @property
+    def evaluation(self) -> tuple[str, int | None] | None:
+        return None if self.evaluate is None else (self.evaluate, self.evaluate_windows)
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function whose first parameter is a dataclass: its fields are options too."""
+    request, *own = inspect.signature(function).parameters.values()
+    shared = inspect.signature(request.annotation).parameters
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        asked = request.annotation(**{name: given.pop(name) for name in shared})
+        function(asked, **given)
+
+    # What must be given comes first, then what only this study has.
+    parameters = sorted([*own, *shared.values()], key=lambda one: one.default is not inspect.Parameter.empty)
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    )
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    app.command()(command)
+    return command
+
+
+@_command
 def lod(
-    model: Model,
-    output: Output,
+    request: _PerhapsWithPerplexity,
     m: OwlMs = "3,5,7,10",
     sparsities: Annotated[
-        Optional[str], typer.Option(help="Also prune to these: FIRST:LAST:STEP, or a list: 0.6,0.7.")
+        Optional[str], typer.Option(help="Also prune to these sparsities: FIRST:LAST:STEP, or a list: 0.6,0.7.")
     ] = None,
-    methods: Annotated[str, typer.Option(help="By these methods.")] = "magnitude,wanda,sparsegpt",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Annotated[
-        Optional[str], typer.Option(metavar="SPEC", help="Also measure perplexity on this text.")
-    ] = None,
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    methods: Annotated[str, typer.Option(help="Methods to prune by.")] = "magnitude,wanda,sparsegpt",
 ) -> None:
-    """Outliers by block (LOD), and what pruning leaves of them (paper, Figure 1 and Table 2).
+    """Share of outliers in each block (LOD), before and after pruning (paper, Figure 1 and Table 2).
 
-    After pruning, outliers are counted with the dense model's mean scores and inputs, among all weights.
+    After pruning, the outliers among all weights are counted again, with the inputs and mean scores of the dense model.
 
     Examples:
 
@@ -70,27 +155,12 @@ def lod(
     from owl_deploy.studies.lod import lod as study
 
     pruned = levels(sparsities) if sparsities else []
-    asked = study(numbers(m, "--m"), pruned, _names(methods))
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(asked, model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(numbers(m, "--m"), pruned, _names(methods)))
 
 
-@app.command()
-def granularity(
-    model: Model,
-    output: Output,
-    sparsities: Sparsities = "0.1:0.7:0.1",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Scores compared within a row, a layer or the whole model (paper, Table 3).
+@_command
+def granularity(request: _WithPerplexity, sparsities: Sparsities = "0.1:0.7:0.1") -> None:
+    """Perplexity when scores are compared within a row, a layer or the whole model (paper, Table 3).
 
     Examples:
 
@@ -101,27 +171,12 @@ def granularity(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.compare import granularity as study
 
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(study(levels(sparsities)), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities)))
 
 
-@app.command()
-def allocation(
-    model: Model,
-    output: Output,
-    sparsities: Sparsities = "0.1:0.8:0.1",
-    method: Method = "wanda",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Every allocation of sparsity to blocks (paper, Table 4, and those that came after).
+@_command
+def allocation(request: _WithPerplexity, sparsities: Sparsities = "0.1:0.8:0.1", method: Method = "wanda") -> None:
+    """Perplexity by how sparsity is allocated to blocks (paper, Table 4, and later allocations).
 
     Examples:
 
@@ -132,27 +187,14 @@ def allocation(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.compare import allocation as study
 
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(study(levels(sparsities), method), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities), method))
 
 
-@app.command()
-def nm(
-    model: Model,
-    output: Output,
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Wanda in N:8, uniform and mixed by OWL (paper, Table 10).
+@_command
+def nm(request: _WithPerplexity) -> None:
+    """Perplexity of Wanda in N:8 patterns, uniform and mixed by OWL (paper, Table 10).
 
-    The paper's N counts the weights that are kept, ours those that are pruned; the table has both.
+    The paper's N counts the weights that are kept, ours those that are pruned; the table shows both.
 
     Examples:
 
@@ -160,27 +202,12 @@ def nm(
     """
     from owl_deploy.studies.compare import n_of_m
 
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(n_of_m(), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(n_of_m())
 
 
-@app.command()
-def per_layer(
-    model: Model,
-    output: Output,
-    sparsities: Sparsities = "0.7",
-    method: Method = "wanda",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """OWL with one outlier count a block, or one a linear (paper, Tables 13 and 14).
+@_command
+def per_layer(request: _WithPerplexity, sparsities: Sparsities = "0.7", method: Method = "wanda") -> None:
+    """Perplexity of OWL with one sparsity per block, or one per linear (paper, Tables 13 and 14).
 
     Examples:
 
@@ -191,24 +218,12 @@ def per_layer(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.per_layer import per_layer as study
 
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(study(levels(sparsities), method), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities), method))
 
 
-@app.command()
-def efficiency(
-    model: Model,
-    output: Output,
-    sparsities: Sparsities = "0.7",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Seconds for scores, allocations and updates, without forward passes (paper, Table 7).
+@_command
+def efficiency(request: _Request, sparsities: Sparsities = "0.7") -> None:
+    """Seconds that scores, allocations and weight updates take, without forward passes (paper, Table 7).
 
     Examples:
 
@@ -217,31 +232,20 @@ def efficiency(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.efficiency import efficiency as study
 
-    texts = (calibration, samples, seqlen, seed), (None, None)
-    _run(study(levels(sparsities)), model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities)))
 
 
-@app.command()
+@_command
 def sweep(
-    model: Model,
-    output: Output,
+    request: _WithPerplexity,
     sparsities: Sparsities = "0.7",
     method: Method = "wanda",
     m: OwlMs = "3,5,7,10",
     lambdas: Annotated[str, typer.Option(help="Values of lambda.")] = "0.02,0.05,0.08,0.1,0.2",
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Perplexity by OWL's M and lambda (paper, section 2.2).
 
-    It chooses nothing: `prune --tune` does, on text held out from calibration.
+    The study chooses nothing. To choose M and lambda, use `prune --tune`, which holds out calibration text for it.
 
     Examples:
 
@@ -252,30 +256,18 @@ def sweep(
     from owl_deploy.studies.cells import levels, numbers
     from owl_deploy.studies.compare import sweep as study
 
-    asked = study(levels(sparsities), method, numbers(m, "--m"), numbers(lambdas, "--lambdas"))
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(asked, model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities), method, numbers(m, "--m"), numbers(lambdas, "--lambdas")))
 
 
-@app.command()
+@_command
 def methods(
-    model: Model,
-    output: Output,
+    request: _WithPerplexity,
     sparsities: Sparsities = "0.5:0.8:0.1",
     methods: Annotated[
-        Optional[str], typer.Option("--methods", help="Only these, for example magnitude,wanda,sparsegpt: Table 1's.")
+        Optional[str], typer.Option("--methods", help="Only these methods. Table 1 has magnitude,wanda,sparsegpt.")
     ] = None,
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Evaluate = "wikitext2",
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
-    """Every method, uniform and with OWL, and ADMM in its parts (paper, Table 1).
+    """Perplexity of every method, uniform and with OWL, and of ADMM in its variants (paper, Table 1).
 
     Examples:
 
@@ -286,34 +278,20 @@ def methods(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.compare import methods as study
 
-    asked = study(levels(sparsities), _names(methods) if methods else ())
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    _run(asked, model, output, *texts, threads=threads, json=json, quiet=quiet)
+    request.run(study(levels(sparsities), _names(methods) if methods else ()))
 
 
-@app.command()
+@_command
 def zero_shot(
-    model: Model,
-    output: Output,
+    request: _PerhapsWithPerplexity,
     sparsities: Sparsities = "0.7",
-    methods: Annotated[str, typer.Option(help="Prune by these methods.")] = "magnitude,wanda,sparsegpt",
+    methods: Annotated[str, typer.Option(help="Methods to prune by.")] = "magnitude,wanda,sparsegpt",
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval.")] = ",".join(TABLE_5_TASKS),
     task_data: options.TaskData = None,
     limit: options.Limit = None,
     batch_size: options.BatchSize = DEFAULT_BATCH,
-    calibration: options.Calibration = "c4",
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = 0,
-    evaluate: Annotated[
-        Optional[str], typer.Option(metavar="SPEC", help="Also measure perplexity on this text.")
-    ] = None,
-    evaluate_windows: options.EvaluateWindows = None,
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
-    """Accuracy at seven zero-shot tasks, each method uniform and with OWL (paper, Table 5).
+    """Accuracy on seven zero-shot tasks, by method, uniform and with OWL (paper, Table 5).
 
     Needs the `tasks` extra; the tasks' data comes from the hub, or from files given with --task-data.
 
@@ -328,55 +306,9 @@ def zero_shot(
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.zero_shot import zero_shot as study
 
-    request = parse_tasks(tasks, task_data or (), limit, batch_size)
-    texts = (calibration, samples, seqlen, seed), (evaluate, evaluate_windows)
-    asked = study(levels(sparsities), _names(methods))
-    _run(asked, model, output, *texts, request, threads=threads, json=json, quiet=quiet)
+    asked = parse_tasks(tasks, task_data or (), limit, batch_size)
+    request.run(study(levels(sparsities), _names(methods)), asked)
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def _run(
-    study: Study,
-    model: str,
-    output: Path,
-    calibration: tuple[str, int | None, int | None, int],
-    evaluate: tuple[str | None, int | None],
-    tasks: TaskRequest | None = None,
-    *,
-    threads: int | None,
-    json: bool,
-    quiet: bool,
-) -> None:
-    """Measure a study, write its files, and print its tables.
-
-    Args:
-        calibration: text, samples, seqlen and seed.
-        evaluate: text and windows.
-    """
-    from owl_deploy.models.source import resolve_model
-    from owl_deploy.pruning.run import Calibration, Evaluation
-    from owl_deploy.report.study import write_study
-    from owl_deploy.studies.run import run_study
-    from owl_deploy.studies.tables import terminal_tables
-
-    options.use_threads(threads)
-    wanted, (text, windows) = Calibration(*calibration), evaluate
-    result = run_study(
-        resolve_model(model),
-        output,
-        study,
-        wanted,
-        Evaluation(text, wanted.seqlen, windows) if text else None,
-        tasks,
-        reporter=Reporter(quiet=quiet),
-    )
-    report = write_study(study, result, output)
-    if json:
-        typer.echo(result.model_dump_json())
-    elif not quiet:
-        width = None if sys.stdout.isatty() else _TABLE_COLUMNS
-        Console(width=width).print(terminal_tables(study.tables(result)))
-        typer.echo(str(report))
