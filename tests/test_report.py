@@ -520,7 +520,7 @@ def test_results_of_several_machines_make_one_report(tmp_path: Path, run_cli: Ru
     a, b = results_file(tmp_path / "a", make_row(speedup=1.1), make_dense()), results_file(tmp_path / "b", here, there)
     ran = run_cli("report", a.parent, b, "-o", tmp_path / "out", "--json")
     assert ran.code == 0
-    assert "1 rows are of the same measurement as later ones" in ran.stderr
+    assert "rows replaced by later ones of the same measurement: 1" in ran.stderr
     rows = [Row.model_validate_json(line) for line in ran.stdout.splitlines()]
     assert rows == [here, make_dense(), there] == read_rows(tmp_path / "out" / RESULTS)
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -141,8 +141,8 @@ def test_perplexity_and_tasks_are_told_together(run_cli: RunCli, model: Path, tm
         (["--tasks", "boolq", "--task-data", "rte=/no/such.jsonl"], "one of the tasks asked for: boolq"),
         (["--tasks", "hellaswag,"], "give names with commas between them"),
         (["--tasks", "boolq", "--task-data", f"boolq={HELLASWAG}"], "hellaswag.jsonl: does not hold examples of boolq"),
-        (["--limit", "5"], "--limit is of --tasks"),
-        (["--task-data", "hellaswag=x.jsonl"], "--task-data is of --tasks"),
+        (["--limit", "5"], "--limit needs --tasks"),
+        (["--task-data", "hellaswag=x.jsonl"], "--task-data needs --tasks"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_in_one_line(

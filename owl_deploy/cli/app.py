@@ -36,7 +36,7 @@ def _root(
 ) -> None:
     """Prune an LLM with OWL, export it to ONNX, and measure what the sparsity buys on a CPU.
 
-    Exit codes: 0 done, 1 failed, 2 something in the input to mend, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 mistake in the input, 130 interrupted.
     """
 
 

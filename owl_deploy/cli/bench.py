@@ -14,45 +14,58 @@ from owl_deploy.reporting import Reporter
 
 
 def bench(
-    bundles: Annotated[Optional[list[Path]], typer.Argument(help="Bundles, as `export` writes them.")] = None,
+    bundles: Annotated[Optional[list[Path]], typer.Argument(help="Bundles that `export` wrote.")] = None,
     sweep: Annotated[
         Optional[str], typer.Option(metavar="MODEL", help="Prune and export this model at every sparsity first.")
     ] = None,
-    sparsities: Annotated[str, typer.Option(help="Of a sweep: FIRST:LAST:STEP, or a list.")] = "0:0.9:0.1",
+    sparsities: Annotated[str, typer.Option(help="Sparsities of the sweep: FIRST:LAST:STEP, or a list.")] = "0:0.9:0.1",
     engines: Annotated[str, typer.Option(help="Comma-separated; see `owl-deploy engines list`.")] = "onnxruntime",
     dense_engines: Annotated[
-        Optional[str], typer.Option(help="Engines to measure on the dense model only: for example onnxruntime-int4.")
+        Optional[str], typer.Option(help="Engines to measure on the dense model only, for example onnxruntime-int4.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for results and report.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results and the report.")] = Path(
         "owl-bench"
     ),
     threads: options.Threads = None,
-    prompt: Annotated[str, typer.Option(help="Prompt tokens, or a list: 1,512,2048. Each is a workload.")] = "512",
+    prompt: Annotated[
+        str, typer.Option(help="Tokens of the prompt, or a list: 1,512,2048. Each is a workload.")
+    ] = "512",
     batch: Annotated[str, typer.Option(help="Sequences decoded side by side, or a list: 1,4,16.")] = "1",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
-    repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every engine and level is timed in each.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Rounds. Each round times every engine at every sparsity.")
+    ] = 5,
     text: Annotated[
         Optional[str],
-        typer.Option(help="Text for prompt and perplexity, as for `evaluate`. Default: demo, if installed; else none."),
+        typer.Option(
+            help="Text for prompt and perplexity, as for `evaluate`. Default: demo if it is installed, else none."
+        ),
     ] = None,
     seqlen: Annotated[
-        Optional[int], typer.Option(min=2, help="Tokens per evaluation window. Default: as the prompt.")
+        Optional[int], typer.Option(min=2, help="Tokens per evaluation window. Default: as many as the prompt has.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 16,
     max_load: Annotated[
-        float, typer.Option(min=0, help="Cores that other processes may keep busy; above, bench refuses to start.")
+        float, typer.Option(min=0, help="Refuse to start while other processes keep more cores busy than this.")
     ] = 1.0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds until an engine that does not answer is ended.")] = 600,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="End an engine that has not answered for this many seconds.")
+    ] = 600,
     end_to_end: Annotated[
-        bool, typer.Option("--end-to-end", help="Also time from text to text: tokenised, prefilled, sampled.")
+        bool,
+        typer.Option(
+            "--end-to-end", help="Also time the way from text to text: tokenise, prefill, decode with sampling."
+        ),
     ] = False,
     fail_if: Annotated[
         Optional[list[str]],
-        typer.Option(help="""Exit 1 if this holds, for CI: 'speedup["sparse-int8"]@0.7 < 2.0'. May be repeated."""),
+        typer.Option(
+            help="""Exit with 1 if this holds, for CI: 'speedup["sparse-int8"]@0.7 < 2.0'. May be repeated."""
+        ),
     ] = None,
     method: options.Method = None,
     allocation: Annotated[
-        Optional[str], typer.Option(help="How many of each block: see `prune`. Default: owl; with admm, linear.")
+        Optional[str], typer.Option(help="Allocation of sparsity to blocks, as in `prune`. Default: owl.")
     ] = None,
     owl_m: options.OwlM = None,
     half_range: options.HalfRange = None,
@@ -62,20 +75,24 @@ def bench(
         Optional[int], typer.Option(min=2, help="Tokens per calibration window. Default: 2048.")
     ] = None,
     seed: options.Seed = 0,
-    executor: Annotated[str, typer.Option(help="Of a sweep: make its levels here, or on ray, side by side.")] = "here",
+    executor: Annotated[
+        str, typer.Option(help="Where to prune and export a sweep: here, or side by side on ray.")
+    ] = "here",
     ray_address: Annotated[
-        Optional[str], typer.Option(help="Of a running Ray cluster. Default: one is started on this machine.")
+        Optional[str], typer.Option(help="Address of a running Ray cluster. Default: start one on this machine.")
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Time prefill and decode of every engine on every bundle, with the perplexity of each beside it.
+    """Time prefill and decode of every engine on every bundle, and measure the perplexity of each.
 
-    Rounds are interleaved, and speed-ups are ratios within a round; every sample is kept in results.jsonl. Each engine
-    must first compute the logits ONNX Runtime computes from the same weights. With --json, one JSON object a row.
+    Before it is timed, each engine must compute the same logits as ONNX Runtime from the same weights. The engines take
+    turns in every round, speed-ups are ratios within a round, and results.jsonl keeps every sample. With --json, each
+    row is printed as one JSON object.
 
-    Exit code 1 if no engine could run at all, or if a condition of --fail-if holds; one engine that fails is a row
-    that says so. Results that --output already holds stay in its report: engines, levels and workloads can be added.
+    An engine that fails becomes a row that says why. The exit code is 1 if no engine could run, or if a condition of
+    --fail-if holds. Results that --output already holds stay in the report, so you can add engines, sparsities and
+    workloads later.
 
     Examples:
 

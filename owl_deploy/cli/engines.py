@@ -20,12 +20,12 @@ from owl_deploy.reporting import Reporter
 if TYPE_CHECKING:
     from owl_deploy.engines.registry import EngineSpec
 
-app = typer.Typer(no_args_is_help=True, help="Install, list and test the engines that `bench` measures.")
+app = typer.Typer(no_args_is_help=True, help="Install, list and check the engines that `bench` measures.")
 
 
 @app.command()
 def install(
-    name: Annotated[str, typer.Argument(help="Engine, for example deepsparse.")],
+    name: Annotated[str, typer.Argument(help="Engine, or a group of engines: deepsparse, llama.cpp, openvino.")],
     quiet: options.Quiet = False,
 ) -> None:
     """Make the virtual environment of an engine that cannot share owl-deploy's.
@@ -83,9 +83,9 @@ def doctor(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run a tiny model in every engine that is installed, and say of each whether it computes what it should.
+    """Run a tiny model in every installed engine, and check that it computes the right logits.
 
-    Exit code 1 if one that is installed does not; what is missing is not a fault.
+    The exit code is 1 if an installed engine does not. An engine that is not installed is no fault.
 
     Examples:
 

@@ -24,13 +24,13 @@ def evaluate(
         Optional[str],
         typer.Option(
             help="Text: wikitext2, c4, demo, a .txt, .jsonl or .parquet file, or a .npy of ids [n, length]. Default: "
-            f"{_TEXT}, or with --tasks none."
+            f"{_TEXT}, but no text with --tasks."
         ),
     ] = None,
     seqlen: options.Seqlen = None,
     windows: Annotated[Optional[int], typer.Option(min=1, help="Use only this many windows. Default: all.")] = None,
     tasks: Annotated[
-        Optional[str], typer.Option(help="Zero-shot tasks of lm-eval: hellaswag,boolq,… (needs the tasks extra).")
+        Optional[str], typer.Option(help="Zero-shot tasks of lm-eval: hellaswag,boolq,… They need the `tasks` extra.")
     ] = None,
     task_data: options.TaskData = None,
     limit: options.Limit = None,
@@ -39,10 +39,11 @@ def evaluate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Perplexity of a model in torch, fp32; with --tasks its accuracy at zero-shot tasks, with lm-eval.
+    """Measure the perplexity of a model with torch in fp32, or with --tasks its accuracy on zero-shot tasks.
 
-    The text is cut into windows that do not overlap; each predicts its own tokens after the first. A task's acc counts
-    the examples whose right answer is the likeliest, acc_norm those where it is by log-likelihood per character.
+    The text is cut into windows that do not overlap; in each, every token but the first is predicted. Of a task's
+    examples, acc is the share whose right answer has the highest log-likelihood, and acc_norm the share whose right
+    answer has the highest log-likelihood per character.
 
     Examples:
 

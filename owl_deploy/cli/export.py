@@ -13,30 +13,35 @@ from owl_deploy.reporting import Reporter
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, as `prune` writes it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the bundle.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory that `prune` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the bundle.")],
     flavor: Annotated[
         str,
-        typer.Option(help="standard, genai, sparse, all (of these), or what another engine runs: torch, gguf-q8_0, …"),
+        typer.Option(
+            help="standard, genai, sparse, all (these three), or a flavor for another engine: torch, gguf-q8_0, …"
+        ),
     ] = "all",
     weights: Annotated[
-        str, typer.Option(help="Of the sparse flavor: packed32, packed16, int8, or a list of them.")
+        str, typer.Option(help="Weight format of the sparse flavor: packed32, packed16, int8, or a list.")
     ] = "packed32",
     head: Annotated[
         Optional[str],
-        typer.Option(help="Of the sparse flavor: fp32 or int8 for the head. Default: int8 with int8, else fp32."),
+        typer.Option(
+            help="Weight format of the sparse flavor's LM head: fp32 or int8. Default: int8 with int8, else fp32."
+        ),
     ] = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write ONNX graphs with a KV cache, each checked against the checkpoint.
+    """Write ONNX graphs with a KV cache, and check each against the checkpoint.
 
-    `standard` is portable (opset 14, for DeepSparse and any ONNX user); `genai` is onnxruntime-genai's
-    graph, the fastest one for dense weights in ONNX Runtime; `sparse` is that graph with its weights packed, for our
-    own operator: packed32 (fp32), packed16 (11 bits) or int8. The export fails, and leaves nothing, if a weight is not
-    in the graph as it should be, or if the graph computes other logits than torch. A bundle that is there already gets
-    the flavors it lacks.
+    `standard` is portable (opset 14, for DeepSparse and any other reader of ONNX). `genai` is the graph that
+    onnxruntime-genai builds, the fastest for dense weights in ONNX Runtime. `sparse` is the same graph with packed
+    weights, for our own operator: packed32 (fp32), packed16 (11 bits) or int8.
+
+    If the weights in a graph differ from the checkpoint's, or its logits from torch's, the export fails and leaves
+    nothing behind. If the bundle exists already, the flavors it lacks are added.
 
     Examples:
 
@@ -75,7 +80,7 @@ def export(
     for name, record in manifest.flavors.items():
         line = f"{output / name}: {record.bytes / 2**20:.0f} MiB from {record.source}"
         if record.audit is not None:
-            line += f", {record.audit.zeros / record.audit.weights:.2%} zeros all in place"
+            line += f", {record.audit.zeros / record.audit.weights:.2%} zeros, all in place"
         if record.parity is not None:
             worst = max(record.parity.max_abs_difference, record.parity.max_abs_difference_with_past)
             line += f", logits within {worst:.1e} of torch"

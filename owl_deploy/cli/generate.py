@@ -19,8 +19,8 @@ _SEEDS = 2**31  # onnxruntime-genai takes a 32-bit integer
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle, as `export` writes it.")],
-    prompt: Annotated[str, typer.Argument(help="What to answer or to continue; - reads it from stdin.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `export` wrote.")],
+    prompt: Annotated[str, typer.Argument(help="Text to answer or to continue; - reads it from stdin.")],
     flavor: Annotated[
         Optional[str], typer.Option(help="Graph to run. Default: the smallest sparse one, else genai, else standard.")
     ] = None,
@@ -29,26 +29,35 @@ def generate(
         float, typer.Option(min=0, help="Sample at this temperature; 0 takes the likeliest token.")
     ] = 0.0,
     top_k: Annotated[
-        Optional[int], typer.Option(min=0, help="Sample from so many likeliest tokens; 0 for all, slowly. Default: 50.")
+        Optional[int],
+        typer.Option(
+            min=0, help="Sample from this many of the likeliest tokens; 0 takes all of them and is slow. Default: 50."
+        ),
     ] = None,
     top_p: Annotated[
-        Optional[float], typer.Option(help="Sample from the likeliest of this joint probability. Default: 1.")
+        Optional[float],
+        typer.Option(help="Sample from the likeliest tokens that together have this probability. Default: 1."),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before become less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, it makes tokens less likely that have occurred before.")
+    ] = 1.0,
     seed: Annotated[
-        Optional[int], typer.Option(min=0, max=_SEEDS - 1, help="Same seed, same text. Default: another every time.")
+        Optional[int],
+        typer.Option(min=0, max=_SEEDS - 1, help="The same seed gives the same text. Default: a new seed every time."),
     ] = None,
     threads: options.Threads = None,
-    system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="What the chat template's system says.")] = None,
+    system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message of the chat.")] = None,
     no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Continue the prompt as it stands, as is done without a chat template.")
+        bool,
+        typer.Option("--no-chat", help="Continue the prompt as it stands. Models without a chat template always do."),
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate text on a bundle, with its packed weights if it has any.
+    """Generate text with a bundle, from its sparse weights if it has any.
 
-    The text goes to stdout as it comes, and one line of timings to stderr. With --json, one object at the end.
+    The text goes to stdout as it is generated, and one line of timings to stderr. With --json, everything is printed as
+    one JSON object at the end.
 
     Examples:
 
@@ -89,7 +98,7 @@ def generate(
         )
     except KeyboardInterrupt:
         if not json:
-            typer.echo(err=True)  # in a terminal, what is printed next is not to go on in the text's line
+            typer.echo(err=True)  # so that what a terminal shows next begins on a line of its own
         raise
     typer.echo(jsonlib.dumps(dataclasses.asdict(made)) if json else "")
 

@@ -23,8 +23,9 @@ def prune(
     allocation: Annotated[
         Optional[str],
         typer.Option(
-            help="How many of each block: owl (default), owl-per-layer, owl-inverse, dlp, linear, global, "
-            "erdos-renyi, er-plus, uniform, or a .json of sparsities: a list of blocks', or linears' by name."
+            help="Allocation of sparsity to blocks: owl (default), owl-per-layer, owl-inverse, dlp, linear, global, "
+            "erdos-renyi, er-plus, uniform; or a .json file: a list with one sparsity per block, or an object with one "
+            "per linear, by name."
         ),
     ] = None,
     owl_m: options.OwlM = None,
@@ -32,18 +33,21 @@ def prune(
     pattern: Annotated[
         Optional[str],
         typer.Option(
-            metavar="N:M", help="Prune N of every M weights, in place of --sparsity; or mixed-N:M, N on average by OWL."
+            metavar="N:M",
+            help="Prune N of every M weights, in place of --sparsity. With mixed-N:M, OWL sets N by block.",
         ),
     ] = None,
     granularity: Annotated[
         Optional[str],
-        typer.Option(help="Compare scores within a row (wanda's), a layer (magnitude, ria, admm), or global."),
+        typer.Option(
+            help="Compare scores within a row (default for wanda), within a layer (magnitude, ria, admm), or global."
+        ),
     ] = None,
     statistics: Annotated[
         Optional[str],
         typer.Option(
-            help="Inputs to look at: block (after pruned blocks, default), linear (after pruned linears, admm's) or "
-            "dense."
+            help="Calibration inputs that a linear sees: those after pruned blocks (block, default), after pruned "
+            "linears (linear, default for admm), or of the dense model (dense)."
         ),
     ] = None,
     dense_statistics: Annotated[
@@ -51,28 +55,32 @@ def prune(
     ] = False,
     target: Annotated[
         Optional[str],
-        typer.Option(help="admm reproduces the dense model's stream (dense, default) or each layer's output (layer)."),
+        typer.Option(
+            help="For admm: reproduce the hidden states of the dense model (dense, default), or the output of each "
+            "linear (layer)."
+        ),
     ] = None,
     ablation: Annotated[
-        Optional[str], typer.Option(help="ablate-*: choose the mask at once (seq, default) or in turn (iter).")
+        Optional[str],
+        typer.Option(help="For ablate-*: choose the mask at once (seq, default), or in turn with the updates (iter)."),
     ] = None,
     block_size: Annotated[
-        Optional[int], typer.Option(help="sparsegpt, ablate-*: columns at a time. Default: 128.")
+        Optional[int], typer.Option(help="For sparsegpt and ablate-*: columns pruned at a time. Default: 128.")
     ] = None,
     percdamp: Annotated[
         Optional[float],
-        typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal. Default: 0.01; admm 0.3."),
+        typer.Option(help="Damping, as a fraction of the mean of the Hessian's diagonal. Default: 0.01; for admm 0.3."),
     ] = None,
-    admm_steps: Annotated[Optional[int], typer.Option(help="admm: iterations. Default: 20.")] = None,
+    admm_steps: Annotated[Optional[int], typer.Option(help="For admm: iterations. Default: 20.")] = None,
     recipe: Annotated[
-        Optional[Path], typer.Option(help="Take all of the above from a SparseML or llm-compressor recipe.")
+        Optional[Path], typer.Option(help="Read all of the above from a SparseML or llm-compressor recipe.")
     ] = None,
     tune: Annotated[
         bool,
         typer.Option(
             "--tune",
-            help="Choose the allocation's parameters, or without --allocation the allocation too, by perplexity on "
-            "calibration windows held out.",
+            help="Choose the parameters of the allocation by perplexity on held-out calibration windows; without "
+            "--allocation, choose the allocation too.",
         ),
     ] = False,
     calibration: options.Calibration = "c4",
@@ -81,13 +89,15 @@ def prune(
     seed: options.Seed = 0,
     evaluate: Annotated[
         Optional[str],
-        typer.Option(metavar="SPEC", help="Also measure perplexity before and after on this text."),
+        typer.Option(metavar="SPEC", help="Also measure perplexity on this text, before and after pruning."),
     ] = None,
     evaluate_windows: options.EvaluateWindows = None,
     offload: Annotated[
         bool,
         typer.Option(
-            "--offload", help="Hold one block in memory at a time: for safetensors larger than memory. Same results."
+            "--offload",
+            help="Hold only one block in memory at a time, for safetensors models larger than memory. The results are "
+            "the same.",
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1, mps, …")] = "cpu",
@@ -95,14 +105,14 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Zero the weights of a causal LM that matter least, block by block.
+    """Set the weights that matter least to zero, block by block.
 
-    Writes a Hugging Face checkpoint with `recipe.yaml`, `recipe.explicit.yaml`, `pruning.json` and a plot of
-    the block sparsities. What is there already from the same inputs is not made again, and a run that was killed
-    goes on after the last block it finished.
+    Writes a Hugging Face checkpoint with `recipe.yaml`, `recipe.explicit.yaml`, `pruning.json` and a plot of the block
+    sparsities. If --output already holds the result of the same inputs, nothing is done. A run that was interrupted
+    resumes after the last block it finished.
 
-    The default, OWL with Wanda, is the paper's. `--method admm` gives the lowest perplexity, and takes two to four
-    times as long.
+    The default, Wanda with OWL, is the paper's. `--method admm` gives the lowest perplexity and takes two to four times
+    as long.
 
     Examples:
 
@@ -139,7 +149,7 @@ def prune(
     if recipe is not None:
         if given or tune:
             flags = ", ".join("--" + name.replace("_", "-") for name in (*given, *(["tune"] if tune else [])))
-            raise UserError(f"--recipe says what to prune; leave out {flags}, or edit the recipe")
+            raise UserError(f"--recipe sets what to prune; leave out {flags}, or edit the recipe")
         read = read_recipe(recipe)
         plan = read.plan
     else:
@@ -148,7 +158,7 @@ def prune(
         _check_tunable(plan, allocation)
     source = resolve_model(model)
 
-    # Mistakes above are told at once: only now torch is imported, which takes seconds.
+    # Importing torch takes seconds, and the mistakes above are reported without it.
     from owl_deploy.pruning.run import Calibration, Evaluation, Execution, prune_checkpoint
     from owl_deploy.pruning.tune import TUNABLE
 
@@ -176,7 +186,7 @@ def prune(
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Plan fields from the command line's: a pattern sets the sparsity, a file the allocation."""
+    """The fields of a plan, from options: a pattern sets the sparsity, a file sets the allocation."""
     from owl_deploy.pruning.plan import parse_pattern
 
     fields = dict(given)
@@ -191,7 +201,7 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         fields |= {"pattern": pattern, "sparsity": pattern.ratio}
     if str(fields.get("allocation", "")).endswith(".json"):
         if "sparsity" in fields:
-            raise UserError(f"{fields['allocation']} says all sparsities; leave out --sparsity and --pattern")
+            raise UserError(f"{fields['allocation']} sets every sparsity; leave out --sparsity and --pattern")
         fields |= _explicit(Path(fields["allocation"]))
     if "sparsity" not in fields:
         raise UserError("say how much to prune: --sparsity, --pattern or --recipe")
@@ -202,7 +212,7 @@ _RENAMED = {"lambda": "half_range", "percdamp": "dampening"}
 
 
 def _explicit(path: Path) -> dict[str, Any]:
-    """Plan fields of a JSON file: a list of sparsities by block, or a mapping of linears' full names to theirs."""
+    """The fields of a plan, from a JSON file: a list with a sparsity per block, or an object with one per linear."""
     from owl_deploy.files import read_json
 
     if not path.is_file():
@@ -210,7 +220,9 @@ def _explicit(path: Path) -> dict[str, Any]:
     values = read_json(path)
     items = list(values.values()) if isinstance(values, dict) else values
     if not isinstance(items, list) or not items or not all(type(item) in (int, float) for item in items):
-        raise UserError(f"{path}: give a list of numbers, one for each block, or numbers by the names of linears")
+        raise UserError(
+            f"{path}: give a list of numbers, one per block, or an object with one number per linear, by name"
+        )
     field = {"linear_sparsities": values} if isinstance(values, dict) else {"block_sparsities": tuple(items)}
     return {"allocation": "explicit", "sparsity": sum(items) / len(items), **field}
 

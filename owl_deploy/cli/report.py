@@ -16,21 +16,21 @@ from owl_deploy.reporting import Reporter
 
 def report(
     results: Annotated[
-        Optional[list[Path]], typer.Argument(help="Directories that `bench` wrote, or their results.jsonl.")
+        Optional[list[Path]], typer.Argument(help="Directories that `bench` wrote, or results.jsonl files.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the report.")] = Path("owl-report"),
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a line of results.jsonl, and do nothing else.")
+        bool, typer.Option("--schema", help="Only print the JSON schema of a line of results.jsonl.")
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write one report of the results of several runs, of one machine or of many.
+    """Write one report from the results of several runs, on one machine or on many.
 
-    Makes what `bench` makes beside its measurements: report.html (one page that needs no network), report.md,
-    results.csv, results.jsonl, speedup.png and pareto.png. Of the same measurement on the same machine the result
-    named last counts. Speed-ups stay those of the run that measured them: rows of two runs are never divided by each
-    other. With --json, one JSON object a row.
+    Writes the files that `bench` writes: report.html (one page that needs no network), report.md, results.csv,
+    results.jsonl, speedup.png and pareto.png. If several results have the same measurement on the same machine, the one
+    given last counts. Speed-ups are always ratios within one run, never between two. With --json, each row is
+    printed as one JSON object.
 
     Examples:
 
@@ -63,7 +63,7 @@ def report(
     rows = merged(read)
     replaced = sum(map(len, read)) - len(rows)
     if replaced:
-        reporter.warn(f"{replaced} rows are of the same measurement as later ones, which take their place")
+        reporter.warn(f"rows replaced by later ones of the same measurement: {replaced}")
     command = shlex.join(["owl-deploy", "report", *map(str, results), "-o", str(output)])
     with locked(output):
         written = write_report(rows, output, command=command)

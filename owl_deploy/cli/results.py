@@ -13,11 +13,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from owl_deploy.bench.rows import Row
 
-_TABLE_COLUMNS = 220  # where the table does not go to a terminal
+_TABLE_COLUMNS = 220  # if stdout is not a terminal
 
 
 def show(rows: Sequence[Row], report: Path, *, json: bool, quiet: bool) -> None:
-    """One JSON object a row, or a table and the report's path, or nothing."""
+    """Print one JSON object per row; or a table and the path of the report; or nothing."""
     from owl_deploy.report.tables import terminal_table
 
     if json:

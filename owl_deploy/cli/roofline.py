@@ -12,30 +12,34 @@ from rich.console import Console
 from owl_deploy.cli import options
 from owl_deploy.reporting import Reporter
 
-_TABLE_COLUMNS = 140  # where the tables do not go to a terminal
+_TABLE_COLUMNS = 140  # if stdout is not a terminal
 
 
 def roofline(
-    bundle: Annotated[Path, typer.Argument(help="Bundle, as `export` writes it.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `export` wrote.")],
     flavor: Annotated[
-        Optional[str], typer.Option(help="Comma-separated: genai, sparse-int8, … Default: every sparse one, and genai.")
+        Optional[str],
+        typer.Option(help="Comma-separated: genai, sparse-int8, … Default: every sparse flavor, and genai."),
     ] = None,
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", help="Directory for roofline.json, roofline.md and roofline.png."),
     ] = None,
-    past: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, which the KV cache then holds.")] = 127,
+    past: Annotated[
+        int, typer.Option(min=1, help="Tokens of the prompt: so many are in the KV cache when decoding begins.")
+    ] = 127,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="How often; the median over all tokens counts.")] = 3,
-    matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix too.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds. The median over the tokens of all rounds counts.")] = 3,
+    matrices: Annotated[bool, typer.Option("--matrices", help="Also list every matrix.")] = False,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare what a token takes with the time that reading its weights takes at least.
+    """Compare the time to decode a token with the least time in which memory can deliver the weights.
 
-    Measures the memory bandwidth, times the engine that runs each flavor, and then each of its operators: so one sees
-    how far is left, which matrices are far from what the memory allows, and what is spent outside of them.
+    Measures the memory bandwidth, then times the engine of each flavor, and each operator in it. The result shows how
+    far decode is from the limit of the memory, which matrices are furthest from it, and how much time is spent on
+    everything else.
 
     Examples:
 

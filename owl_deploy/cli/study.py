@@ -21,7 +21,7 @@ from owl_deploy.reporting import Reporter
 if TYPE_CHECKING:
     from owl_deploy.studies.cells import Study
 
-_TABLE_COLUMNS = 160  # where the tables do not go to a terminal
+_TABLE_COLUMNS = 160  # if stdout is not a terminal
 
 app = typer.Typer(
     no_args_is_help=True,

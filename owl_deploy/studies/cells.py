@@ -1,4 +1,4 @@
-"""What a study is made of: cells, each one a plan to prune by, and what was measured of them."""
+"""The parts of a study: cells, each a pruning plan, and the records of what was measured for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from owl_deploy.studies.tables import Table
 
 @dataclass(frozen=True)
 class Cell:
-    """One plan, and what it is called in the study's tables: a value for each of their label columns."""
+    """One plan, and its labels in the tables of the study: a value for each label column."""
 
     labels: dict[str, str]
     plan: PruningPlan
@@ -32,10 +32,10 @@ class Cell:
 
 
 class CellRecord(Record):
-    """What came of one cell: a line of `cells.jsonl`.
+    """The result of one cell: a line of `cells.jsonl`.
 
     Attributes:
-        key: equal for equal plans of equal measurements.
+        key: equal for cells with the same plan and the same measurements.
         linear_sparsities: as achieved, by the linear's full name; their zeros over their weights.
         sparsity_achieved: of all linears.
         perplexity: in torch, fp32; None where no text was given.
@@ -61,7 +61,7 @@ class CellRecord(Record):
 
 
 class TasksRecord(Record):
-    """Which zero-shot tasks were asked.
+    """The zero-shot tasks of a study.
 
     Attributes:
         examples: how many of each task.
@@ -76,7 +76,7 @@ class TasksRecord(Record):
 
 
 class StudyRecord(Record):
-    """`study.json`: what a directory's cells were measured on. Nothing measured on other inputs joins them."""
+    """`study.json`: the inputs from which all cells of a directory were measured."""
 
     schema_version: int = 1
     study: str
@@ -93,7 +93,7 @@ class StudyRecord(Record):
 
 
 class StudyResult(Record):
-    """A study that is done: `cells` in the order of its tables, the dense model first."""
+    """A finished study: `cells` in the order of its tables, the dense model first."""
 
     study: StudyRecord
     cells: list[CellRecord]
@@ -101,7 +101,7 @@ class StudyResult(Record):
 
 @dataclass(frozen=True)
 class Study:
-    """Which cells to measure, and how they are told.
+    """The cells to measure, and how to present them.
 
     Attributes:
         lod_m: measure the LOD after pruning for each of these M.
@@ -119,24 +119,24 @@ class Study:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Of each cell: what its record is found by."""
+        """The key of each cell's record."""
         return [fingerprint({"plan": dataclasses.asdict(cell.plan), "lod_m": self.lod_m}) for cell in self.cells]
 
 
 def dense_cell(*labels: str) -> Cell:
-    """The model as it is, called `dense` in the first label column."""
+    """The dense model, labelled `dense` in the first label column."""
     return Cell({name: "" if index else "dense" for index, name in enumerate(labels)}, PruningPlan(0.0))
 
 
 def levels(text: str) -> list[float]:
-    """`parse_sparsities` without 0: the dense model is a cell of every study.
+    """`parse_sparsities` without 0, as the dense model is a cell of every study.
 
     Raises:
         UserError: not a list of sparsities, or none above 0.
     """
     found = [level for level in parse_sparsities(text) if level > 0]
     if not found:
-        raise UserError(f"--sparsities {text}: give at least one above 0; the dense model is measured anyway")
+        raise UserError(f"--sparsities {text}: give at least one above 0; the dense model is always measured")
     return found
 
 
@@ -151,7 +151,7 @@ def numbers(text: str, option: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < value < math.inf for value in found):  # also false for NaN
-        raise UserError(f"{option} {text}: give numbers above 0 with commas between them")
+        raise UserError(f"{option} {text}: give numbers above 0, separated by commas")
     return found
 
 

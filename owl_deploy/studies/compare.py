@@ -1,4 +1,4 @@
-"""Studies whose figure is perplexity: granularity, allocations, N:M patterns, methods, and OWL's M and lambda."""
+"""Studies that compare perplexities: granularity, allocations, N:M patterns, methods, and OWL's M and lambda."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ADMM: tuple[dict[str, Any], ...] = tuple(
 
 
 def granularity(sparsities: Sequence[float]) -> Study:
-    """What a weight's score is compared with: its row, its linear, or the whole model (paper, Table 3)."""
+    """Scores compared within a row, a linear, or the whole model (paper, Table 3)."""
     methods: tuple[Method, ...] = ("magnitude", "wanda")
     cells = [
         Cell(
@@ -44,14 +44,14 @@ def granularity(sparsities: Sequence[float]) -> Study:
         return at_tenth(TABLE_3, (cell.labels["method"], cell.labels["granularity"]), cell.sparsity_asked)
 
     note = (
-        "Row and layer prune every linear alike; global sets one threshold for the model, on |W| for magnitude and on "
-        "the outlier scores A for wanda."
+        "With row and layer, every linear has the same sparsity; with global, one threshold holds for the whole model, "
+        "on |W| for magnitude and on the outlier scores A for wanda."
     )
     return _study("granularity", "Pruning granularity", cells, paper, "paper's Table 3", note)
 
 
 def allocation(sparsities: Sequence[float], method: str) -> Study:
-    """How many weights each block gives up (paper, Table 4).
+    """Allocations of sparsity to blocks (paper, Table 4).
 
     Raises:
         UserError: the method is unknown.
@@ -92,7 +92,7 @@ def n_of_m() -> Study:
 
 
 def methods(sparsities: Sequence[float], only: Sequence[str] = ()) -> Study:
-    """Every method with a uniform allocation and with OWL's, and ADMM in its parts (paper, Table 1).
+    """Every method with a uniform allocation and with OWL's, and the variants of ADMM (paper, Table 1).
 
     Args:
         only: these methods; by default all.
@@ -131,8 +131,8 @@ def methods(sparsities: Sequence[float], only: Sequence[str] = ()) -> Study:
         return TABLE_1.get((cell.labels["method"], cell.labels["allocation"]))
 
     of_admm = (
-        "Of admm: target dense fits the dense model's stream, layer each linear's own output; statistics block sees "
-        "what blocks before it became, linear also the linears before it."
+        "For admm, target dense fits the hidden states of the dense model, and target layer the output of each linear; "
+        "statistics are of inputs after pruned blocks (block), or after pruned linears too (linear)."
     )
     notes = [of_admm] if any(cell.plan.method == "admm" for cell in cells) else []
     curves = ("method", "target", "statistics")

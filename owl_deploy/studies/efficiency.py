@@ -1,4 +1,4 @@
-"""What pruning costs beside forward passes: seconds for scores, allocations and updates (paper, Table 7)."""
+"""The cost of pruning without forward passes: seconds for scores, allocations and weight updates (paper, Table 7)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _tables(result: StudyResult) -> list[Table]:
     sections = [[row(cell) for cell in group] for group in by_sparsity(result.cells)]
     study = result.study
     note = (
-        "Without forward passes: the allocation (of OWL: the LOD), and each linear's scores, mask and new weights. "
-        f"Measured once, on {study.threads} thread{'' if study.threads == 1 else 's'} of {study.cpu}."
+        "Without forward passes: the allocation (for OWL, the LOD), and the scores, mask and new weights of each "
+        f"linear. Measured once, on {study.threads} thread{'' if study.threads == 1 else 's'} of {study.cpu}."
     )
     return [Table("", "Time for the pruning metric alone", columns, sections, (note,))]
 

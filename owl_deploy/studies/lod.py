@@ -1,4 +1,4 @@
-"""The Layerwise Outlier Distribution: of each dense block (paper, Figure 1), and what methods leave of it (Table 2)."""
+"""The Layerwise Outlier Distribution, of dense blocks (paper, Figure 1) and after pruning (Table 2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOTE = (
 
 
 def lod(m: Sequence[float], sparsities: Sequence[float], methods: Sequence[str]) -> Study:
-    """LOD for each M; with `sparsities`, also after pruning every block alike by each of `methods`.
+    """LOD for each M; with `sparsities`, also after uniform pruning by each of `methods`.
 
     Raises:
         UserError: a method is unknown.
@@ -72,7 +72,7 @@ def _after_pruning(result: StudyResult) -> Table:
 
 
 def _paper(cell: CellRecord, m: float) -> tuple[float | None, float | None]:
-    """The paper's LOD, for its own M, and perplexity."""
+    """The LOD and perplexity in the paper, for the M it uses."""
     dense = (TABLE_2_DENSE_LOD, DENSE_13B)
     total, perplexity = (
         dense if cell.sparsity_asked == 0 else TABLE_2.get((cell.labels["method"], cell.sparsity_asked), (None, None))
@@ -85,7 +85,7 @@ def _percent(title: str, field: str, sign: str = "") -> Column:
 
 
 def _draw(result: StudyResult, figure: Figure) -> None:
-    """The dense model's LOD over depth, as in Figure 1."""
+    """The LOD of the dense model over depth, as in Figure 1."""
     dense = result.cells[0].lod_percent
     axes = figure.subplots()
     curves(axes, {f"M {m}": list(enumerate(values)) for m, values in dense.items()})

@@ -1,4 +1,4 @@
-"""OWL per block against OWL per layer: the sparsity of every linear, and both perplexities (paper, appendix F)."""
+"""OWL per block against OWL per layer: sparsities of the linears, and perplexity (paper, appendix F)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GRANTED: dict[Allocation, str] = {"owl": "per block", "owl-per-layer": "per lay
 
 
 def per_layer(sparsities: Sequence[float], method: str) -> Study:
-    """One D for each block, or one for each of its linears (paper, Tables 13 and 14).
+    """One D per block, or one per linear (paper, Tables 13 and 14).
 
     Raises:
         UserError: the method is unknown.
@@ -60,7 +60,7 @@ def _perplexities(result: StudyResult, method: str) -> Table:
 
 
 def _sparsities(result: StudyResult) -> Table:
-    """A row for each block, a column for each linear."""
+    """A row per block, a column per linear."""
     linears = list(dict.fromkeys(name for cell in result.cells for _, name in _places(result, cell)))
     columns = (
         asked(),
@@ -81,7 +81,7 @@ def _sparsities(result: StudyResult) -> Table:
 
 
 def _places(result: StudyResult, cell: CellRecord) -> list[tuple[str, str]]:
-    """Block and path in it, of every linear."""
+    """The block of every linear, and its path in the block."""
     return [
         (block, name.removeprefix(f"{block}."))
         for block in result.study.block_names

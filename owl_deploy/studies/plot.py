@@ -15,11 +15,11 @@ from owl_deploy.plotting import COLOURS, MARKERS, scale_logarithmically
 from owl_deploy.studies.cells import CellRecord
 
 Points = Sequence[tuple[float, float]]
-_STYLES = ("-", "--", ":", "-.")  # told apart where the colours are used up
+_STYLES = ("-", "--", ":", "-.")  # for curves after the last colour
 
 
 def curves(axes: Axes, series: Mapping[str, Points]) -> None:
-    """One curve for each name through its finite points (x, y)."""
+    """One curve per name, through its finite points (x, y)."""
     for index, (name, points) in enumerate(series.items()):
         finite = [(x, y) for x, y in points if math.isfinite(y)]
         axes.plot(
@@ -36,7 +36,7 @@ def curves(axes: Axes, series: Mapping[str, Points]) -> None:
 
 
 def perplexity_curves(figure: Figure, panels: Mapping[str, Mapping[str, Points]], dense: float | None) -> None:
-    """Perplexity on a log axis over sparsity (fractions), and the dense model's; a name looks alike everywhere."""
+    """Perplexity (log axis) over sparsity (fractions), and the dense model's; a name has the same style everywhere."""
     names = list(dict.fromkeys(chain(*panels.values())))
     points = [(x, y) for series in panels.values() for line in series.values() for x, y in line]
     values = [y for _, y in points if math.isfinite(y)]
@@ -55,7 +55,7 @@ def perplexity_curves(figure: Figure, panels: Mapping[str, Mapping[str, Points]]
 
 
 def bars(figure: Figure, values: Mapping[str, float], x_label: str) -> None:
-    """One horizontal bar for each name, on a log axis, the first on top."""
+    """One horizontal bar per name, on a log axis, the first on top."""
     axes = figure.subplots()
     drawn = axes.barh(list(values), list(values.values()), color=COLOURS[0])
     axes.bar_label(drawn, [f"{value:.3g}" for value in values.values()], padding=4)
@@ -69,7 +69,7 @@ def bars(figure: Figure, values: Mapping[str, float], x_label: str) -> None:
 def perplexity_grid(
     axes: Axes, rows: Sequence[float], columns: Sequence[float], perplexity: Mapping[tuple[float, float], float]
 ) -> None:
-    """Perplexity by (row, column) as colours and figures, the lowest in bold."""
+    """Perplexity by (row, column), as colours and figures, the lowest in bold."""
     values = [[perplexity[row, column] for column in columns] for row in rows]
     finite = [value for value in perplexity.values() if math.isfinite(value)]
     scale = LogNorm(min(finite), max(finite)) if finite and min(finite) < max(finite) else None

@@ -1,4 +1,4 @@
-"""Measuring a study's cells, each once: a run that was killed goes on with those that are missing."""
+"""Measure the cells of a study, each once: after an interruption, only the missing ones are measured."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_study(
     *,
     reporter: Reporter = SILENT,
 ) -> StudyResult:
-    """Measure the cells of `study` that the directory `out` lacks, and keep each there as soon as it is done.
+    """Measure the cells of `study` that the directory `out` lacks, and write each as soon as it is measured.
 
     Raises:
         UserError: something is wrong with the model, a text or a task; or `out` holds something else, or cells of other
@@ -85,7 +85,7 @@ def run_study(
         cells = dict(zip(study.keys, study.cells, strict=True))
         missing = {key: cell for key, cell in cells.items() if key not in known}
         if len(missing) < len(cells):
-            reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells are there already")
+            reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells were measured before")
         if missing:
             bench = _Bench(source, study, windows, evaluated, asked)
             record = _describe(source, study, inputs, bench.blocks, windows, evaluated, asked)
@@ -94,7 +94,7 @@ def run_study(
             write_text(out / RECORD, record.model_dump_json(indent=2) + "\n")
             for key in reporter.track(list(missing), f"cells of {study.name}"):
                 known[key] = bench.measure(missing[key], key)
-                # Written anew as a whole, so that no kill can leave half a line.
+                # The whole file is replaced, so that an interruption cannot leave half a line.
                 write_text(out / CELLS, "".join(f"{one.model_dump_json()}\n" for one in known.values()))
                 reporter.step(f"{missing[key]}: {_outcome(known[key])}")
         record = read_record(out / RECORD, StudyRecord, mend=_MEND)
@@ -106,7 +106,7 @@ _MEND = "delete it, and the cells beside it, and run the study again"
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """Zero-shot tasks with their examples, and the model's tokenizer."""
+    """The zero-shot tasks with their examples, and the tokenizer of the model."""
 
     request: TaskRequest
     tasks: ZeroShotTasks
@@ -130,7 +130,7 @@ def _outcome(cell: CellRecord) -> str:
 
 
 def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:
-    """The cells that are there, by key."""
+    """The cells that were measured before, by key."""
     if not (out / RECORD).is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: is not empty, and holds no study; choose another output directory")
@@ -150,7 +150,7 @@ def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:
 
 
 class _Bench:
-    """The dense model with its statistics, on which one cell is measured after the other."""
+    """The dense model and its statistics, to measure one cell after the other."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class _Bench:
 
     @torch.no_grad()
     def _lod(self, m: float) -> list[float]:
-        """D of each block as it is now, by the dense model's inputs and mean scores (paper, Table 2)."""
+        """D of each block as it is now, from the inputs and mean scores of the dense model (paper, Table 2)."""
         found = []
         for block, mean in zip(self.blocks, self._means, strict=True):
             with self._weights.held(block):
@@ -230,7 +230,7 @@ class _Bench:
 
 
 class _Stopwatch:
-    """Wall-clock and CPU seconds, summed over all times that it ran."""
+    """Wall-clock and CPU seconds, summed over all times it ran."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""Accuracy at zero-shot tasks after pruning (paper, Table 5)."""
+"""Accuracy on zero-shot tasks after pruning (paper, Table 5)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from owl_deploy.studies.tables import Column, Table, asked, fraction, label, per
 
 _ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "owl")
 _NOTE = (
-    "Percent of examples answered right: acc_norm (log-likelihood per character) for tasks that have it, else acc; the "
-    "second table has both, with standard errors. The paper does not say which its accuracies are."
+    "Percent of examples answered correctly: acc_norm (log-likelihood per character) for tasks that have it, else acc. "
+    "The second table has both, with standard errors. The paper does not say which of them it reports."
 )
 
 
 def zero_shot(sparsities: Sequence[float], methods: Sequence[str]) -> Study:
-    """Each method with a uniform allocation and with OWL's; magnitude with the uniform one, as in the paper.
+    """Each method with a uniform allocation and with OWL's; magnitude only with the uniform one, as in the paper.
 
     Raises:
         UserError: a method is unknown.
@@ -43,7 +43,7 @@ def zero_shot(sparsities: Sequence[float], methods: Sequence[str]) -> Study:
 
 
 def _side_by_side(result: StudyResult) -> Table:
-    """The paper's Table 5: a column a task, and under each row of ours the paper's of the same name."""
+    """The layout of the paper's Table 5: a column per task, and below each row of ours the same row of the paper."""
     tasks = [one.task for one in result.cells[0].tasks]
     columns = (
         asked(),
@@ -64,13 +64,15 @@ def _side_by_side(result: StudyResult) -> Table:
             [*names, "this", *ours, statistics.fmean(ours), *([cell.perplexity] if result.study.evaluation else [])]
         ]
         if known:
-            mean = statistics.fmean(known) if len(known) == len(tasks) else None  # a mean of the same tasks, or none
+            mean = (
+                statistics.fmean(known) if len(known) == len(tasks) else None
+            )  # only a mean of the same tasks compares
             empty = [None] if result.study.evaluation else []
             lines.append([*names, f"paper's Table 5, {LLAMA_7B}", *paper, mean, *empty])
         return lines
 
     sections = [[row for cell in group for row in rows(cell)] for group in by_sparsity(result.cells)]
-    return Table("", "Accuracy at zero-shot tasks (%)", columns, sections, (_NOTE,))
+    return Table("", "Accuracy on zero-shot tasks (%)", columns, sections, (_NOTE,))
 
 
 def _by_task(result: StudyResult) -> Table:
@@ -94,7 +96,7 @@ def _by_task(result: StudyResult) -> Table:
         return [*names, *figures, _paper(cell, one.task)]
 
     sections = [[row(cell, one) for one in cell.tasks] for cell in result.cells]
-    return Table("tasks", "Every task by itself (%)", columns, sections)
+    return Table("tasks", "Each task (%)", columns, sections)
 
 
 def _paper(cell: CellRecord, task: str) -> float | None:
@@ -116,7 +118,7 @@ def _percent(title: str, field: str) -> Column:
 
 
 def _draw(result: StudyResult, figure: Figure) -> None:
-    """For each task a group of bars, one for each cell, with standard errors."""
+    """A group of bars per task, with one bar per cell and standard errors."""
     tasks = [one.task for one in result.cells[0].tasks]
     figure.set_size_inches(3 + 1.4 * len(tasks), 4.5)
     axes = figure.subplots()
