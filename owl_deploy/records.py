@@ -17,9 +17,14 @@ from owl_deploy.files import read_json
 
 
 class Record(BaseModel):
-    """Base of everything written to disk as JSON: unknown fields are errors, and infinities are kept, as strings."""
+    """Base of everything written to disk as JSON: unknown fields are errors, and infinities are kept, as strings.
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+    A string under a field describes it, here and in the record's JSON schema.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings", use_attribute_docstrings=True
+    )
 
 
 RecordT = TypeVar("RecordT", bound=Record)

@@ -22,19 +22,18 @@ WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
 
 
 class Spread(Record):
-    """A ratio: the median over rounds, with the smallest and largest round.
-
-    Attributes:
-        median: over rounds.
-        low, high: the smallest and the largest round.
-        confidence_low, confidence_high: where the median lies at 95%, by bootstrap over rounds; null for one round.
-    """
+    """A ratio: the median over rounds, with the smallest and largest round."""
 
     median: float
+    """The median over rounds."""
     low: float
+    """The smallest round."""
     high: float
+    """The largest round."""
     confidence_low: float | None = None
+    """Lower end of the median's 95% interval, by bootstrap over rounds; null for one round."""
     confidence_high: float | None = None
+    """Upper end of the median's 95% interval, by bootstrap over rounds; null for one round."""
 
     @property
     def is_wide(self) -> bool:
@@ -44,130 +43,131 @@ class Spread(Record):
 
 
 class Continuation(Record):
-    """The greedy tokens after the prompt, beside those of another engine on the same weights.
-
-    Attributes:
-        reference: the engine it is compared with.
-        matching: how many of the first tokens are the same, of `tokens`.
-        tokens: how many were generated.
-    """
+    """The greedy tokens after the prompt, beside those of another engine on the same weights."""
 
     reference: str
+    """The engine it is compared with."""
     matching: int
+    """How many of the first tokens are the same, of `tokens`."""
     tokens: int
+    """How many were generated."""
 
 
 class Samples(Record):
-    """Every sample of a row, in milliseconds, round by round.
-
-    Attributes:
-        ttft: one per round.
-        decode: of each round, one per token after the first.
-    """
+    """Every sample of a row, in milliseconds, round by round."""
 
     ttft: list[float] = Field(default_factory=list)
+    """Time to first token: one sample per round."""
     decode: list[list[float]] = Field(default_factory=list)
+    """Of each round, one sample per token after the first."""
 
 
 class Row(Record):
     """One engine on one bundle under one workload.
 
     A row whose engine could not run has `status` "failed" and says why in `error`; its figures are null.
-
-    Attributes:
-        schema_version: of this schema.
-        status, error: whether the engine ran, and why not.
-        owl_deploy_version: of what measured.
-        model: as it was named when it was pruned or exported: a hub id or a path.
-        method, allocation: how the checkpoint was pruned; null for one that owl-deploy did not prune.
-        bundle: the bundle's directory.
-        engine: its name; see `owl-deploy engines list`.
-        flavor, weights: the graph that was run, and its weight format.
-        threads: CPU threads the engine had.
-        batch: sequences decoded side by side.
-        prompt_tokens, new_tokens: of each sequence.
-        sparsity_asked: null for a checkpoint that owl-deploy did not prune.
-        sparsity_achieved: zeros among the block linears' weights, as audited in the graph.
-        perplexity: in this engine, on the file that was timed; null without a tokenizer or text.
-        perplexity_text, perplexity_windows: the text it was computed on, and how many windows of it.
-        ttft_ms_p50: from the prompt's ids to the first new token's id, median of rounds.
-        prefill_tokens_per_s: prompt tokens over that, of all sequences.
-        decode_ms_p50, decode_ms_p90, decode_ms_p99: per decoding step after the first token (TPOT), over all rounds.
-        decode_tokens_per_s: new tokens of all sequences.
-        speedup_same_engine: decode p50 of the same engine's dense row over this row's, within each round.
-        speedup_fastest_dense: the same against the engine whose dense fp32 row is fastest.
-        speedup_any_precision: the same against the fastest dense row in any precision, int4 too.
-        end_to_end_ms_p50: from the prompt's text to the end of the new text, tokenised and sampled, median of rounds.
-        end_to_end_tokens_per_s: new tokens over that.
-        decode_joules_per_token: of the CPU's packages, whatever else they did; null where it cannot be read.
-        speedup_same_engine_spread, speedup_fastest_dense_spread, speedup_any_precision_spread: of these over rounds.
-        paper_speedup: the paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y).
-        load_ms: to load the model, the engine's imports included, median of rounds.
-        peak_rss_bytes: of the engine's own process, load included.
-        rss_growth_bytes: resident memory of one process after its last round less that after its first.
-        file_bytes: the graph and its weights.
-        parity: of the engine's logits, ONNX Runtime's with torch's, any other's with ONNX Runtime's.
-        repetitions: rounds it was timed in: a dense row, which each level is compared with, in those of every level.
-        load_average: 1-minute load before the first and after the last round.
-        other_load_cores: cores kept busy by other processes while the engines were idle, at worst of all rounds.
-        unsteady: some round's median was over 1.5 times that of the fastest round.
-        repeatable: every round generated the same tokens.
-        continuation: its greedy tokens beside ONNX Runtime's on the same weights; null for rounded weights.
-        engine_facts: what the engine says of itself: version, instruction set, supported operators …
-        machine: where it was measured.
-        samples_ms: every sample.
     """
 
     schema_version: int = SCHEMA_VERSION
+    """The version of this schema."""
     status: Literal["ok", "failed"] = "ok"
+    """Whether the engine ran."""
     error: str | None = None
+    """Why it did not run."""
     owl_deploy_version: str = __version__
+    """The version that measured."""
     model: str
+    """As the user named it to `prune` or `export`: a hub id or a path."""
     method: str | None = None
+    """How the checkpoint was pruned; null where owl-deploy did not prune it."""
     allocation: str | None = None
+    """How its sparsity was allocated to blocks; null where owl-deploy did not prune it."""
     bundle: str
+    """The bundle's directory."""
     engine: str
+    """The engine's name; see `owl-deploy engines list`."""
     flavor: str
+    """The graph that was run."""
     weights: str = "fp32"
+    """Its weight format."""
     threads: int
+    """CPU threads the engine had."""
     batch: int = 1
+    """Sequences decoded side by side."""
     prompt_tokens: int
+    """Tokens of each prompt."""
     new_tokens: int
+    """Tokens generated of each sequence."""
     repetitions: int
+    """Rounds it was timed in: a dense row, which each level is compared with, in those of every level."""
     sparsity_asked: float | None
+    """As asked of `prune`; null where owl-deploy did not prune the checkpoint."""
     sparsity_achieved: float
+    """Zeros among the block linears' weights, as audited in the graph."""
     perplexity: float | None = None
+    """In this engine, on the file that was timed; null without a tokenizer or text."""
     perplexity_text: str | None = None
+    """The text that perplexity was computed on."""
     perplexity_windows: int | None = None
+    """How many windows of it."""
     ttft_ms_p50: float | None = None
+    """From the prompt's ids to the first new token's id, median of rounds."""
     prefill_tokens_per_s: float | None = None
+    """Prompt tokens of all sequences over `ttft_ms_p50`."""
     decode_ms_p50: float | None = None
+    """Median time of a decoding step after the first token (TPOT), over all rounds."""
     decode_ms_p90: float | None = None
+    """Its 90th percentile."""
     decode_ms_p99: float | None = None
+    """Its 99th percentile."""
     decode_tokens_per_s: float | None = None
+    """New tokens of all sequences, per second of decoding."""
     speedup_same_engine: float | None = None
+    """Decode p50 of the same engine's dense row over this row's, within each round; median of rounds."""
     speedup_same_engine_spread: Spread | None = None
+    """The rounds behind `speedup_same_engine`."""
     speedup_fastest_dense: float | None = None
+    """The same, over the engine whose dense fp32 row is fastest."""
     speedup_fastest_dense_spread: Spread | None = None
+    """The rounds behind `speedup_fastest_dense`."""
     speedup_any_precision: float | None = None
+    """The same, over the fastest dense row in any precision, int4 too."""
     speedup_any_precision_spread: Spread | None = None
+    """The rounds behind `speedup_any_precision`."""
     paper_speedup: float | None = None
+    """The paper's Table 8 at this sparsity (TinyLlama-1.1B, DeepSparse, 36-core Xeon 8360Y)."""
     end_to_end_ms_p50: float | None = None
+    """From the prompt's text to the end of the new text, tokenised and sampled, median of rounds."""
     end_to_end_tokens_per_s: float | None = None
+    """New tokens over `end_to_end_ms_p50`."""
     decode_joules_per_token: float | None = None
+    """What the CPU's packages took, whatever else they did; null where it cannot be read."""
     load_ms: float | None = None
+    """Time to load the model, the engine's imports included, median of rounds."""
     peak_rss_bytes: int | None = None
+    """Peak resident memory of the engine's own process, load included."""
     rss_growth_bytes: int | None = None
+    """Resident memory of one process after its last round less that after its first."""
     file_bytes: int
+    """Size of the graph and its weights."""
     load_average: tuple[float, float] | None = None
+    """1-minute load before the first and after the last round."""
     other_load_cores: float | None = None
+    """Cores kept busy by other processes while the engines were idle, at worst of all rounds."""
     unsteady: bool = False
+    """Some round's median was over 1.5 times that of the fastest round."""
     repeatable: bool = True
+    """Every round generated the same tokens."""
     parity: ParityRecord | None = None
+    """How the engine's logits agree: ONNX Runtime's with torch's, any other's with ONNX Runtime's."""
     continuation: Continuation | None = None
+    """Its greedy tokens beside ONNX Runtime's on the same weights; null for rounded weights."""
     engine_facts: dict[str, object] = Field(default_factory=dict)
+    """What the engine says of itself: version, instruction set, supported operators …"""
     machine: Machine
+    """Where it was measured."""
     samples_ms: Samples = Field(default_factory=Samples)
+    """Every sample."""
 
     @property
     def is_dense(self) -> bool:

@@ -7,24 +7,22 @@ from owl_deploy.sparse.formats import Stored
 
 
 class ParityRecord(Record):
-    """Agreement of two sets of logits, position by position.
-
-    Attributes:
-        reference: what computed the logits compared with: torch, or one of `REFERENCES`.
-        positions, positions_with_past: compared without and with a cache.
-        max_abs_difference, max_abs_difference_with_past: of any logit, at any position; without and with a cache.
-        argmax_agreement: fraction of positions with the same most likely token.
-        relative_difference: the norm of the difference over that of the reference's logits, each position's mean
-            logit taken off; what rounding weights changes.
-    """
+    """Agreement of two sets of logits, position by position."""
 
     reference: str
+    """What computed the logits compared with: torch, or one of `REFERENCES`."""
     positions: int
+    """Positions compared without a cache."""
     positions_with_past: int
+    """Positions compared with a cache."""
     max_abs_difference: float
+    """The largest difference of any logit at any position, without a cache."""
     max_abs_difference_with_past: float
+    """The same with a cache."""
     argmax_agreement: float
+    """Fraction of positions with the same most likely token."""
     relative_difference: float | None = None
+    """Norm of the difference over that of the reference's logits, all less their position's mean: what rounding costs."""
 
 
 class MatrixRecord(Record):

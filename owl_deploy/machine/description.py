@@ -28,36 +28,34 @@ _SMALLEST_SET_BYTES = 8 * 2**20  # below, what a call costs would count
 
 
 class Machine(Record):
-    """Where a row was measured.
-
-    Attributes:
-        cpu: as the system names it.
-        cores: that the process could keep busy.
-        instruction_set: the widest that the CPU has.
-        memory_bytes: of the whole machine.
-        memory_bandwidth_gb_s: reading, with as many threads as the row, GB (1e9 bytes) a second.
-        memory_bandwidth_one_thread_gb_s, memory_bandwidth_all_threads_gb_s: the same with one thread, and with one on
-            every core.
-        system: the operating system and its version.
-        numa_nodes: parts of the memory, each near some of the cores; null where the system does not tell.
-        instruction_sets: what the CPU has of those that matter here, the widest first.
-        frequency_governor: of the first core; null where the system does not tell.
-        container_cores, container_memory_bytes: what its control group allows; null for all there is.
-    """
+    """Where a row was measured."""
 
     cpu: str
+    """As the system names it."""
     cores: int
+    """How many cores the process could keep busy."""
     instruction_set: str
+    """The widest that the CPU has."""
     memory_bytes: int
+    """Of the whole machine."""
     memory_bandwidth_gb_s: float
+    """Reading, with as many threads as the row, in GB (1e9 bytes) a second."""
     system: str
+    """The operating system and its version."""
     memory_bandwidth_one_thread_gb_s: float | None = None
+    """The same with one thread."""
     memory_bandwidth_all_threads_gb_s: float | None = None
+    """The same with one thread on every core."""
     instruction_sets: list[str] = Field(default_factory=list)
+    """What the CPU has of the instruction sets that matter here, the widest first."""
     numa_nodes: int | None = None
+    """Parts of the memory, each near some of the cores; null where the system does not tell."""
     frequency_governor: str | None = None
+    """Of the first core; null where the system does not tell."""
     container_cores: float | None = None
+    """Cores' time that its control group allows; null for no limit."""
     container_memory_bytes: int | None = None
+    """Memory that its control group allows; null for no limit."""
 
 
 def describe_machine(threads: int) -> Machine:
