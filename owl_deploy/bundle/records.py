@@ -22,7 +22,7 @@ class ParityRecord(Record):
     argmax_agreement: float
     """Fraction of positions with the same most likely token."""
     relative_difference: float | None = None
-    """Norm of the difference over that of the reference's logits, all less their position's mean: what rounding costs."""
+    """Norm of the difference over that of the reference's logits, less each position's mean: what rounding costs."""
 
 
 class MatrixRecord(Record):
