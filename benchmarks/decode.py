@@ -25,10 +25,9 @@ from rich.table import Table
 from owl_deploy.bundle.manifest import GRAPH
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.registry import engine_spec
-from owl_deploy.engines.sparse_engine import KERNELS_VARIABLE
 from owl_deploy.machine.description import busy_cores, describe_machine
 from owl_deploy.machine.threads import available_cores
-from owl_deploy.sparse.formats import SPARSE_DOMAIN
+from owl_deploy.sparse.formats import KERNELS_VARIABLE, SPARSE_DOMAIN
 
 WARM_UP_TOKENS = 4
 

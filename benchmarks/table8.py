@@ -50,6 +50,7 @@ from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration
 from owl_deploy.report.tables import terminal_table
+from owl_deploy.report.write import renew_report
 from owl_deploy.reporting import Reporter
 
 HALF_RANGE = 0.08  # of block sparsities: OWL's lambda (paper, Table 15)
@@ -136,7 +137,7 @@ class Table8:
             shutil.rmtree(directory)
         if not self._arguments.keep:
             shutil.rmtree(self._work, ignore_errors=True)
-        return report
+        return renew_report(self._out, command=shlex.join(["python", *sys.argv]))
 
     def _check_inputs(self) -> None:
         """Refuse to mix results of different models.
@@ -236,10 +237,8 @@ class Table8:
             dense_only=tuple(spec for spec in engines if spec not in self._engines),
         )
         bundles = [self._directory(0) / "bundle", directory / "bundle"]
-        command = shlex.join(["python", *sys.argv])
-        _, report = bench_bundles(
+        bench_bundles(
             *(bundles, engines, request, self._out),
-            command=command,
             processes=self._processes,
             alone=alone,
             reporter=self._reporter,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.bench import measure
+from owl_deploy.bench import checks, measure
 from owl_deploy.bench.rows import Row, read_rows
 from owl_deploy.bundle.names import Flavor
-from owl_deploy.engines.registry import ENGINES
+from owl_deploy.engines.registry import ENGINES, engine_spec
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
@@ -154,7 +154,7 @@ def test_an_engine_that_fails_is_a_row_that_says_so(
 ) -> None:
     """Its worker's module does not exist: the process answers, and the other engine goes on."""
     assert swept
-    broken = measure.engine_spec("onnxruntime")
+    broken = engine_spec("onnxruntime")
     broken = type(broken)(**{**vars(broken), "name": "broken", "module": "owl_deploy.engines.none"})
     monkeypatch.setitem(ENGINES, "broken", broken)
     run = ("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
@@ -174,10 +174,10 @@ def test_an_engine_that_computes_something_else_is_not_timed(
 ) -> None:
     """ONNX Runtime under another name, asked for the logits of a sparser model than it is compared with."""
     assert swept
-    other = measure.engine_spec("onnxruntime")
+    other = engine_spec("onnxruntime")
     monkeypatch.setitem(ENGINES, "other", type(other)(**{**vars(other), "name": "other", "checked_at_export": False}))
-    compare = measure.compare
-    monkeypatch.setattr(measure, "compare", lambda expected, *rest, **options: compare(expected + 1, *rest, **options))
+    compare = checks.compare
+    monkeypatch.setattr(checks, "compare", lambda expected, *rest, **options: compare(expected + 1, *rest, **options))
     ran = run_cli(
         *("bench", out / "0" / "bundle", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json"),
         *("--engines", "other"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ ROWS = [
     row("sparse-packed32", 0.7, speedup_fastest_dense=1.8, decode_ms_p50=16.0, perplexity=25.0),
     row("sparse-int8", 0.7, speedup_fastest_dense=3.0, decode_ms_p50=10.0, perplexity=26.0),
     row("broken", 0.7, status="failed"),
+    row("ruined", 0.9, perplexity=math.nan),
 ]
 
 
@@ -59,6 +61,11 @@ ROWS = [
         ('decode_ms["sparse-int8"]@0.7 > 5 and decode_ms_p50["onnxruntime"]@0 > -1', True),
         ('decode_ms["sparse-int8"]@0.7 > 50 or decode_ms["onnxruntime"]@0 + 1 < 30', False),
         ('speedup["broken"]@0.7 < 1', True),  # a row without the figure
+        ('perplexity["ruined"]@0.9 > 100', True),  # not a number: nothing is sure
+        ('not perplexity["ruined"]@0.9 > 100', True),
+        ('perplexity["ruined"]@0.9 > 1e9 and speedup["sparse-int8"]@0.7 > 99', True),
+        ('decode_ms["sparse-int8"]@0.7 / 0 > 1', True),
+        ('decode_ms["sparse-int8"]@0.7 / (perplexity["onnxruntime"]@0 - 20) < 1', True),
     ],
 )
 def test_a_condition_is_read_as_it_is_written(text: str, holds: bool) -> None:
@@ -93,3 +100,15 @@ def test_anything_else_is_refused_before_anything_is_measured(
 def test_a_condition_on_a_row_that_is_not_there_is_a_mistake() -> None:
     with pytest.raises(UserError, match=r"no row of 'sparse' at 0\.5; there are broken@0\.7"):
         parse_condition('speedup["sparse"]@0.5 < 2').holds(ROWS)
+
+
+def test_an_engine_that_is_not_measured_is_named_before_anything_is(tmp_path: Path, run_cli: RunCli) -> None:
+    condition = parse_condition('speedup["sparse"]@0.7 < 2.0')
+    condition.check_engines(["onnxruntime", "sparse-int8"])
+    with pytest.raises(UserError, match=r"sparse is not measured here; name one of onnxruntime$"):
+        condition.check_engines(["onnxruntime"])
+    out = tmp_path / "out"
+    ran = run_cli("bench", "--sweep", tmp_path, "-o", out, "--fail-if", 'speedup["spares-int8"]@0.7 < 2.0')
+    assert ran.code == 2
+    assert "spares-int8 is not measured here" in ran.stderr
+    assert not out.exists()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,18 +67,38 @@ class Condition:
     text: str
     tree: ast.expr
 
+    def check_engines(self, measured: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: a figure is of an engine that is not among those that will be measured.
+        """
+        for figure in _figures(self.tree):
+            if set(full_names(figure.engine)).isdisjoint(measured):
+                raise UserError(
+                    f"--fail-if {self.text}: {figure.engine} is not measured here; name one of {', '.join(measured)}"
+                )
+
     def holds(self, rows: Sequence[Row]) -> bool:
-        """Whether it is met for any choice of rows; a row that failed, or has no such figure, meets it.
+        """Whether it is met for any choice of rows. What cannot be told counts as met.
+
+        That is a row that failed or lacks the figure, a figure that is not a number, and a division by 0.
 
         Raises:
             UserError: no row is meant by one of its figures.
         """
         figures = list(dict.fromkeys(_figures(self.tree)))
         choices = [[getattr(row, figure.field) for row in figure.rows(rows)] for figure in figures]
-        for values in itertools.product(*choices):
-            if any(value is None for value in values) or _value(self.tree, dict(zip(figures, values, strict=True))):
-                return True
-        return False
+        return any(self._is_met(dict(zip(figures, values, strict=True))) for values in itertools.product(*choices))
+
+    def _is_met(self, figures: dict[Figure, float | None]) -> bool:
+        try:
+            return bool(_value(self.tree, figures))
+        except _Unknown:
+            return True
+
+
+class _Unknown(Exception):
+    """A part of a condition has no value."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -151,21 +172,35 @@ def _figures(node: ast.AST) -> Iterator[Figure]:
             yield figure
 
 
-def _value(node: ast.expr, figures: dict[Figure, float]) -> float | bool:
-    """Of a tree that `_check` has seen."""
+def _value(node: ast.expr, figures: dict[Figure, float | None]) -> float | bool:
+    """Of a tree that `_check` has seen.
+
+    Raises:
+        _Unknown: a number in it is missing, or is none.
+    """
+    value = _unchecked(node, figures)
+    if value is None or math.isnan(value):
+        raise _Unknown
+    return value
+
+
+def _unchecked(node: ast.expr, figures: dict[Figure, float | None]) -> float | bool | None:
     if (figure := _figure(node)) is not None:
         return figures[figure]
     match node:
         case ast.Constant(value=int() | float() as number):
             return number
         case ast.BoolOp(op=op, values=values):
-            met = (bool(_value(value, figures)) for value in values)
+            met = [bool(_value(value, figures)) for value in values]  # all of them: an unknown one decides
             return all(met) if isinstance(op, ast.And) else any(met)
         case ast.UnaryOp(op=op, operand=operand):
             value = _value(operand, figures)
             return not value if isinstance(op, ast.Not) else -value
         case ast.BinOp(left=left, op=op, right=right):
-            return _ARITHMETIC[type(op)](_value(left, figures), _value(right, figures))
+            try:
+                return _ARITHMETIC[type(op)](_value(left, figures), _value(right, figures))
+            except (ZeroDivisionError, OverflowError) as error:
+                raise _Unknown from error
         case ast.Compare(left=left, ops=ops, comparators=others):
             compared = [_value(item, figures) for item in (left, *others)]
             pairs = itertools.pairwise(compared)

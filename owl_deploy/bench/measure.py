@@ -8,137 +8,23 @@ at most the round it was in.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from owl_deploy.bench.end_to_end import EndToEnd
+from owl_deploy.bench.checks import ParityCheck
+from owl_deploy.bench.log import Log
 from owl_deploy.bench.processes import Load, Processes
-from owl_deploy.bundle.manifest import BundleManifest, FlavorRecord
-from owl_deploy.bundle.names import Flavor, model_file
-from owl_deploy.bundle.records import ParityRecord
+from owl_deploy.bench.workload import Configuration, Workload
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
-from owl_deploy.engines.probe import DECODED_TOKENS
-from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, DiskError, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
-from owl_deploy.export.verify.parity import REFERENCES, compare
-from owl_deploy.files import disk_errors, write_text
-from owl_deploy.machine.description import busy_cores, cpu_model, load_average
-from owl_deploy.machine.threads import available_cores
-from owl_deploy.records import fingerprint
+from owl_deploy.machine.description import busy_cores, load_average
 from owl_deploy.reporting import Reporter
 
-MEASUREMENTS = "measurements.jsonl"
 _WARM_UP_TOKENS = 8
 _QUIET_S = 0.5  # how long the machine is watched, while every engine is paused, …
 _QUIET_TRIES = 10  # … and how often, before it counts as busy
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What each engine is timed on: a prompt, then greedy decoding.
-
-    Attributes:
-        prompt: token ids.
-        windows: evaluation windows [n, length] for perplexity, or None.
-        text: where these came from.
-        batch: sequences decoded side by side.
-        end_to_end: what is also timed from text to text, or None.
-    """
-
-    prompt: tuple[int, ...]
-    new_tokens: int
-    threads: int
-    repetitions: int
-    windows: NDArray[np.int64] | None
-    text: str | None
-    batch: int = 1
-    end_to_end: EndToEnd | None = None
-
-    @property
-    def context(self) -> int:
-        longest = 0 if self.windows is None else self.windows.shape[1]
-        return max(len(self.prompt) + max(self.new_tokens, DECODED_TOKENS), longest)
-
-    @property
-    def prompts(self) -> tuple[int, ...]:
-        """Lengths that are prefilled."""
-        return tuple(sorted({len(self.prompt)} | ({self.windows.shape[1]} if self.windows is not None else set())))
-
-    @property
-    def batched_prompts(self) -> list[list[int]]:
-        """The prompt of each sequence, [batch, length]: no two alike where they may differ."""
-        turns = (index % len(self.prompt) for index in range(self.batch))
-        return [[*self.prompt[turn:], *self.prompt[:turn]] for turn in turns]
-
-    def fingerprint(self) -> str:
-        """Equal for workloads whose timings may stand for each other."""
-        sampling = self.end_to_end.sampling if self.end_to_end else None
-        return fingerprint([self.prompt, self.new_tokens, self.threads, self.batch, repr(sampling)])
-
-    def checks_fingerprint(self) -> str:
-        """Equal for workloads whose perplexity and parity may stand for each other."""
-        return fingerprint([self.threads, None if self.windows is None else self.windows.tolist()])
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One engine on one bundle's graph of one flavor."""
-
-    spec: EngineSpec
-    bundle: Path
-    manifest: BundleManifest
-    flavor: Flavor
-
-    @property
-    def name(self) -> str:
-        return f"{self.spec.name} {self.bundle}"
-
-    @property
-    def graph(self) -> Path:
-        return self.bundle / self.flavor / model_file(self.flavor)
-
-    @property
-    def record(self) -> FlavorRecord:
-        return self.manifest.flavors[self.flavor]
-
-    def key(self, *more: str) -> str:
-        """Equal for measurements that may stand for each other: same graph, engine and machine, and `more`."""
-        files = [file.sha256 for file in self.record.files]
-        environment = self.spec.environment.contents() if self.spec.environment else self.manifest.versions
-        machine = [cpu_model(), available_cores()]
-        return fingerprint([self.spec.name, environment, self.flavor, files, machine, *more])
-
-
-class Log:
-    """`measurements.jsonl`: appended line by line, read back on the next run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: list[dict[str, Any]] = []
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:  # a kill cut the last line short
-                write_text(path, whole)
-            self._lines = [json.loads(line) for line in whole.splitlines()]
-
-    def append(self, **entry: Any) -> None:
-        self._lines.append(entry)
-        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def of(self, key: str, kind: str) -> list[dict[str, Any]]:
-        """All entries of one configuration and kind, oldest first."""
-        return [line for line in self._lines if line["key"] == key and line["kind"] == kind]
 
 
 class Bench:
@@ -174,6 +60,13 @@ class Bench:
         self._processes = processes
         self._load_before = self._other_load = 0.0
         self._has_timed = False
+        self._parity = ParityCheck(
+            configurations,
+            workload,
+            running=partial(self._running, batch=1),
+            has_failed=lambda item: item.name in self._errors,
+            timeout_s=timeout_s,
+        )
 
     def run(self) -> None:
         """Check and time every configuration, as far as the log does not hold it yet.
@@ -257,7 +150,7 @@ class Bench:
         """See that the engine computes what the checkpoint computes, and at what perplexity."""
         workload = self._workload
         with self._failures_of(configuration), self._running(configuration, batch=1) as process:
-            parity = self._parity(configuration, process)
+            parity = self._parity.of(configuration, process)
             perplexity = None
             if workload.windows is not None:
                 losses = [self._ask(process, do="loss", ids=window.tolist()) for window in workload.windows]
@@ -270,51 +163,6 @@ class Bench:
                 perplexity=perplexity,
                 parity=parity.model_dump(),
             )
-
-    def _parity(self, configuration: Configuration, process: EngineProcess) -> ParityRecord:
-        """The bundle's, of an engine whose graph was compared with torch; any other is compared with such an engine.
-
-        Raises:
-            CheckFailed: the logits differ; what the engine is fast at is then not this model.
-        """
-        if configuration.spec.checked_at_export:
-            assert configuration.record.parity is not None  # a graph of ours
-            return configuration.record.parity
-        reference = self._reference(configuration)
-        # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
-        prompt = self._workload.prompt
-        ids = list(itertools.islice(itertools.cycle(prompt), len(prompt) + DECODED_TOKENS))
-        actual = process.logits(ids, timeout_s=self._timeout_s)
-        with self._running(reference, batch=1) as reference_process:
-            expected = reference_process.logits(ids, timeout_s=self._timeout_s)
-        return compare(
-            *(np.concatenate(expected), *actual),
-            what=configuration.name,
-            reference=reference.spec.name,
-            precision=configuration.spec.precision,
-        )
-
-    def _reference(self, configuration: Configuration) -> Configuration:
-        """An engine on the same bundle, whose graph computed what torch computes, of all weights as they are.
-
-        It is ONNX Runtime, or our own in `packed32` where that alone is measured: loaded once, it serves for both.
-
-        Raises:
-            UserError: the bundle has no graph for either.
-        """
-        of_bundle = [item for item in self.configurations if item.bundle == configuration.bundle]
-        for name in REFERENCES:
-            for item in of_bundle:
-                if item.spec.name == name and item.name not in self._errors:
-                    return item
-        spec, manifest = engine_spec("onnxruntime"), configuration.manifest
-        flavor = next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)
-        if flavor is None:
-            raise UserError(
-                f"{configuration.bundle}: lacks the graph that {configuration.spec.name} is compared with; add it with "
-                f"owl-deploy export --flavor {spec.flavors[0]}"
-            )
-        return Configuration(spec, configuration.bundle, manifest, flavor)
 
     def _wait_for_quiet(self) -> None:
         """Let a moment's work of other processes pass, all our engines paused, and note what is left of it.
@@ -369,7 +217,7 @@ class Bench:
             configuration.spec,
             configuration.graph,
             threads=workload.threads,
-            context=workload.context,
+            context=max(workload.context, configuration.tokens_to_check),
             prompts=workload.prompts,
             batch=batch,
         )

@@ -13,6 +13,7 @@ from owl_deploy import __version__
 from owl_deploy.bundle.manifest import DENSE_BELOW
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError, first_line
+from owl_deploy.files import write_text
 from owl_deploy.machine.description import Machine
 from owl_deploy.records import Record
 
@@ -195,6 +196,11 @@ def merged(results: Iterable[Iterable[Row]]) -> list[Row]:
     """The rows of several results in their order, each identity once: as in the last result that has it."""
     rows = {row.identity: row for result in results for row in result}
     return list(rows.values())
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write `results.jsonl`, whole or not at all."""
+    write_text(path, "".join(f"{row.model_dump_json()}\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import random
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.measure import MEASUREMENTS, Bench, Configuration, Log, Workload
+from owl_deploy.bench.log import MEASUREMENTS, Log
+from owl_deploy.bench.measure import Bench
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.results import make_rows
-from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows
+from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows, write_rows
+from owl_deploy.bench.workload import Configuration, Workload
 from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
 from owl_deploy.bundle.names import Flavor, weights_of
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S
@@ -30,7 +30,6 @@ from owl_deploy.machine.description import describe_machine
 from owl_deploy.machine.threads import available_cores
 from owl_deploy.models.load import load_tokenizer
 from owl_deploy.models.source import ModelSource
-from owl_deploy.report.write import write_report
 from owl_deploy.reporting import Reporter
 from owl_deploy.text.windows import TokenWindows, check_windows, evaluation_windows
 
@@ -72,20 +71,18 @@ def bench_bundles(
     request: Request,
     out: Path,
     *,
-    command: str | None = None,
     processes: Processes | None = None,
     alone: Callable[[], object] = lambda: None,
     reporter: Reporter,
-) -> tuple[list[Row], Path]:
-    """Measure every engine on every bundle; the rows, and the path of the report.
+) -> list[Row]:
+    """Measure every engine on every bundle; the rows.
 
     Args:
-        command: the command line that the report names; None for this process's own.
         processes: engines that are loaded already, and stay so for a later call; None ends them all.
         alone: called before each round; returns when the caller has ended its own work beside ours.
 
-    What `out` already holds of the same measurements is not made again, and its rows of other engines, levels and
-    workloads stay in the report.
+    What `out` already holds of the same measurements is not measured again. Its `results.jsonl` is written after each
+    workload, and keeps the rows of other engines, levels and workloads.
 
     Raises:
         UserError: a bundle is not one, they are of different vocabularies, or the machine is busy.
@@ -96,7 +93,6 @@ def bench_bundles(
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines, request.dense_only)
     workloads = _workloads(manifests, request)
-    command = command or shlex.join(["owl-deploy", *sys.argv[1:]])
     with locked(out):
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -119,8 +115,8 @@ def bench_bundles(
                 )
                 bench.run()
             rows += make_rows(bench, workload, machine)
-            report = write_report(merged([known, rows]), out, command=command)
-    return rows, report
+            write_rows(out / RESULTS, merged([known, rows]))
+    return rows
 
 
 def _configurations(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -108,20 +110,27 @@ def bench(
     from owl_deploy.bench.fail_if import parse_condition
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
     from owl_deploy.bench.sweep import Executor, make_levels
+    from owl_deploy.bundle.manifest import read_bundle
     from owl_deploy.engines.registry import installed_engines
     from owl_deploy.machine.threads import available_cores
     from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.levels import parse_sparsities
     from owl_deploy.pruning.run import Calibration
+    from owl_deploy.report.write import renew_report
 
     if executor not in ("here", "ray"):
         raise UserError(f"--executor {executor}: give here or ray")
     if bool(bundles) == (sweep is not None):
         raise UserError("give either bundles to measure, or a model with --sweep")
     reporter = Reporter(quiet=quiet)
-    specs = installed_engines(engines)
-    only_dense = [spec for spec in installed_engines(dense_engines) if spec not in specs] if dense_engines else []
     conditions = [parse_condition(text) for text in fail_if or ()]
+    there = {flavor for bundle in bundles for flavor in read_bundle(bundle).flavors} if bundles else None
+    specs = installed_engines(engines, there)
+    only_dense = (
+        [spec for spec in installed_engines(dense_engines, there) if spec not in specs] if dense_engines else []
+    )
+    for condition in conditions:
+        condition.check_engines([spec.name for spec in (*specs, *only_dense)])
     options.use_threads(threads)
     paths = list(bundles or ())
     if sweep is not None:
@@ -147,7 +156,8 @@ def bench(
         end_to_end=end_to_end,
         dense_only=tuple(only_dense),
     )
-    rows, report = bench_bundles(paths, [*specs, *only_dense], request, output, reporter=reporter)
+    rows = bench_bundles(paths, [*specs, *only_dense], request, output, reporter=reporter)
+    report = renew_report(output, command=shlex.join(["owl-deploy", *sys.argv[1:]]))
     show(rows, report, json=json, quiet=quiet)
     failures = [condition.text for condition in conditions if condition.holds(rows)]
     for text in failures:

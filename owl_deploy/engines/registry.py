@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.bundle.names import Flavor, precision_of, sparse_flavor
+from owl_deploy.bundle.names import Flavor, precision_of, sparse_flavor, weights_of
 from owl_deploy.engines.environments import Environment
 from owl_deploy.errors import UserError
-from owl_deploy.sparse.formats import WEIGHTS
+from owl_deploy.records import versions
+from owl_deploy.sparse.formats import KERNELS_VARIABLE, WEIGHTS
+from owl_deploy.sparse.library import library_sha256
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ class EngineSpec:
     def precision(self) -> str:
         """How the weights it runs are stored."""
         return precision_of(self.flavors[0])
+
+    def what_runs(self) -> dict[str, object]:
+        """As JSON what decides, besides graph and machine, what the engine computes and how fast."""
+        if self.environment is not None:
+            return self.environment.contents()
+        runs: dict[str, object] = {"versions": versions(self.package)}
+        if weights_of(self.flavors[0]) is not None:
+            runs |= {"kernels": os.environ.get(KERNELS_VARIABLE), "library": library_sha256()}
+        return runs
 
 
 _GGUF: dict[str, Flavor] = {"f16": "gguf-f16", "q8_0": "gguf-q8_0", "q4_0": "gguf-q4_0"}
@@ -169,7 +182,7 @@ ENGINES = {
 }
 
 
-def installed_engines(names: str) -> list[EngineSpec]:
+def installed_engines(names: str, flavors: Collection[Flavor] | None = None) -> list[EngineSpec]:
     """The engines of a comma-separated list (see `named_engines`).
 
     One that cannot be had on this machine stays in: its rows will say so.
@@ -177,7 +190,7 @@ def installed_engines(names: str) -> list[EngineSpec]:
     Raises:
         UserError: an engine is unknown, or could be installed and is not.
     """
-    specs = named_engines(names)
+    specs = named_engines(names, flavors)
     for spec in specs:
         environment = spec.environment
         if environment is not None and not environment.is_ready() and environment.is_installable():
@@ -185,14 +198,21 @@ def installed_engines(names: str) -> list[EngineSpec]:
     return specs
 
 
-def named_engines(names: str) -> list[EngineSpec]:
+def named_engines(names: str, flavors: Collection[Flavor] | None = None) -> list[EngineSpec]:
     """The engines of a comma-separated list, each once; `sparse` and `llama.cpp` are short for their weight formats.
+
+    Args:
+        flavors: the graphs that there are, where a short name is to mean only engines that run one of them.
 
     Raises:
         UserError: one is unknown.
     """
-    wanted = [full_name for name in names.split(",") for full_name in full_names(name.strip())]
-    return [engine_spec(name) for name in dict.fromkeys(wanted)]
+    wanted: list[EngineSpec] = []
+    for name in names.split(","):
+        specs = [engine_spec(full_name) for full_name in full_names(name.strip())]
+        able = [spec for spec in specs if flavors is not None and not set(flavors).isdisjoint(spec.flavors)]
+        wanted += able if len(specs) > 1 and able else specs
+    return list(dict.fromkeys(wanted))
 
 
 def environment_of(name: str) -> tuple[Environment | None, str]:

@@ -6,9 +6,8 @@ import os
 from typing import Any
 
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from owl_deploy.sparse.formats import KERNELS_VARIABLE
 from owl_deploy.sparse.library import instruction_sets, library_path
-
-KERNELS_VARIABLE = "OWL_DEPLOY_KERNELS"  # an instruction set to use instead of the best; operator.cpp reads it
 
 
 def chosen_kernels() -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from owl_deploy.bench.rows import RESULTS, Row
+from owl_deploy.bench.rows import RESULTS, Row, read_rows, write_rows
 from owl_deploy.errors import UserError
-from owl_deploy.files import disk_errors, write_text
+from owl_deploy.files import disk_errors, locked, write_text
 from owl_deploy.formatting import escaped
 from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import findings
@@ -42,7 +42,7 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
         raise UserError(f"{out}: nothing was measured, so there is nothing to report")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RESULTS, "".join(f"{row.model_dump_json()}\n" for row in rows))
+    write_rows(out / RESULTS, rows)
     write_csv(rows, out / CSV)
     plot_speedup(rows, out / PLOT)
     fronts = _fronts(rows)
@@ -51,6 +51,12 @@ def write_report(rows: Sequence[Row], out: Path, *, command: str) -> Path:
     write_text(out / PAGE, page(rows, command=command, csv=CSV, results=RESULTS))
     write_text(out / REPORT, _markdown(rows, fronts, command))
     return out / REPORT
+
+
+def renew_report(out: Path, *, command: str) -> Path:
+    """Write the report of all rows that `bench` has left in the directory `out`; see `write_report`."""
+    with locked(out):
+        return write_report(read_rows(out / RESULTS), out, command=command)
 
 
 def _fronts(rows: Sequence[Row]) -> list[tuple[str, str]]:

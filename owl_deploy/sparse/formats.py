@@ -19,3 +19,6 @@ HEADS: tuple[Head, ...] = get_args(Head)
 """How it stores the matrix of the vocabulary."""
 
 SPARSE_OPERATOR, SPARSE_DOMAIN = "SparseMatMul", "owl"
+
+KERNELS_VARIABLE = "OWL_DEPLOY_KERNELS"
+"""Names an instruction set whose kernels are to run, instead of the best one's; `csrc/operator.cpp` reads it."""

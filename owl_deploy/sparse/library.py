@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,11 @@ def library_path() -> Path:
             "or newer, then owl-deploy again; `pip install -v` shows what the compiler says"
         )
     return _PATH
+
+
+def library_sha256() -> str | None:
+    """SHA-256 of the library, which differs between builds of the kernels; None if it is missing."""
+    return hashlib.sha256(_PATH.read_bytes()).hexdigest() if _PATH.is_file() else None
 
 
 def instruction_sets() -> tuple[str, ...]:

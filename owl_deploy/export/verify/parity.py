@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from owl_deploy.bundle.expected import write_expected
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
@@ -37,6 +38,8 @@ def check_parity(
 ) -> ParityRecord:
     """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
 
+    Some of torch's logits stay beside the graph, for a check wherever it runs later (see `bundle.expected`).
+
     Args:
         ids: one sequence of more than 16 tokens.
         engine_class: what runs the graph.
@@ -54,7 +57,10 @@ def check_parity(
             f"{graph.parent.name}: ONNX Runtime cannot run this model's graph ({reason[2] or reason[0]})"
         ) from error
     name = f"{graph.parent.name}/{graph.name}"
-    return compare(reference_logits(model, ids), at_once, decoded, what=name, reference="torch")
+    expected = reference_logits(model, ids)
+    parity = compare(expected, at_once, decoded, what=name, reference="torch")
+    write_expected(graph.parent, ids, expected, decoded=len(decoded))
+    return parity
 
 
 def compare(

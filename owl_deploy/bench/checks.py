@@ -1,0 +1,100 @@
+"""Does an engine compute, here and now, what the checkpoint computes? Asked of every engine before it is timed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.bundle.expected import ExpectedLogits
+from owl_deploy.bundle.records import ParityRecord
+from owl_deploy.engines.client import EngineProcess
+from owl_deploy.engines.probe import DECODED_TOKENS
+from owl_deploy.engines.registry import engine_spec
+from owl_deploy.errors import UserError
+from owl_deploy.export.verify.parity import REFERENCES, compare
+
+Running = Callable[[Configuration], AbstractContextManager[EngineProcess]]
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """Compares logits: with torch's where the export kept them for this graph, else with an engine for which it did.
+
+    Attributes:
+        configurations: all that are measured; one of them may serve as the reference of another.
+        running: starts an engine, or finds it loaded.
+        has_failed: whether a configuration has proved unfit as a reference.
+    """
+
+    configurations: Sequence[Configuration]
+    workload: Workload
+    running: Running
+    has_failed: Callable[[Configuration], bool]
+    timeout_s: float
+
+    def of(self, item: Configuration, process: EngineProcess) -> ParityRecord:
+        """
+        Raises:
+            CheckFailed: the logits differ; what the engine is fast at is then not this model.
+            UserError: there is nothing to compare with.
+        """
+        expected = item.expected if item.spec.checked_at_export else None
+        return self._with_torch(item, process, expected) if expected else self._with_engine(item, process)
+
+    def _with_torch(self, item: Configuration, process: EngineProcess, expected: ExpectedLogits) -> ParityRecord:
+        at_once, decoded = process.logits(expected.ids.tolist(), timeout_s=self.timeout_s)
+        is_at_once = expected.positions < len(at_once)
+        return compare(
+            expected.logits,
+            at_once[expected.positions[is_at_once]],
+            decoded[expected.positions[~is_at_once] - len(at_once)],
+            what=item.name,
+            reference="torch",
+        )
+
+    def _with_engine(self, item: Configuration, process: EngineProcess) -> ParityRecord:
+        reference = self._reference(item)
+        # A prompt of the length that is timed, and a few tokens after it: nothing more has to be compiled for it.
+        prompt = self.workload.prompt
+        ids = list(itertools.islice(itertools.cycle(prompt), len(prompt) + DECODED_TOKENS))
+        actual = process.logits(ids, timeout_s=self.timeout_s)
+        with self.running(reference) as reference_process:
+            expected = reference_process.logits(ids, timeout_s=self.timeout_s)
+        return compare(
+            *(np.concatenate(expected), *actual),
+            what=item.name,
+            reference=reference.spec.name,
+            precision=item.spec.precision,
+        )
+
+    def _reference(self, item: Configuration) -> Configuration:
+        """An engine on the same bundle whose graph was compared with torch, of all weights as they are.
+
+        It is ONNX Runtime, or our own in `packed32` where that alone is measured: loaded once, it serves for both.
+
+        Raises:
+            UserError: the bundle has no graph for either, but this one's.
+        """
+        of_bundle = [other for other in self.configurations if other.bundle == item.bundle and other != item]
+        for name in REFERENCES:
+            for other in of_bundle:
+                if other.spec.name == name and not self.has_failed(other):
+                    return other
+        spec, manifest = engine_spec("onnxruntime"), item.manifest
+        flavor = next((flavor for flavor in spec.flavors if flavor in manifest.flavors), None)
+        if flavor is None:
+            raise UserError(
+                f"{item.bundle}: lacks the graph that {item.spec.name} is compared with; add it with "
+                f"owl-deploy export --flavor {spec.flavors[0]}"
+            )
+        if spec == item.spec:
+            raise UserError(
+                f"{item.bundle / flavor}: an older owl-deploy made it, without the logits that {item.spec.name} is "
+                "compared with; export the model again"
+            )
+        return Configuration(spec, item.bundle, manifest, flavor)
