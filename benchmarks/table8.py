@@ -119,7 +119,6 @@ class Table8:
             return self._measured()
 
     def _measured(self) -> Path:
-        report = self._out / "report.md"
         missing = [sparsity for sparsity in self._sparsities if not self._is_measured(sparsity)]
         self._reporter.step(f"{len(self._sparsities) - len(missing)} of {len(self._sparsities)} levels are there")
         if missing:
@@ -133,7 +132,7 @@ class Table8:
             self._step(name, "prune and export", lambda level=sparsity: self._make(self._plan(level), self._engines))
             shutil.rmtree(directory / "checkpoint")
             ahead = missing[index + 1 : index + 2]
-            report = self._step(name, "measure", lambda made=directory, ahead=ahead: self._measure(made, ahead))
+            self._step(name, "measure", lambda made=directory, ahead=ahead: self._measure(made, ahead))
             shutil.rmtree(directory)
         if not self._arguments.keep:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -213,15 +212,15 @@ class Table8:
         with _maker() as pool:
             pool.submit(_make_level, self._level(plan, engines)).result()
 
-    def _measure(self, directory: Path, ahead: list[float]) -> Path:
+    def _measure(self, directory: Path, ahead: list[float]) -> None:
         """Measure a level; while its engines are loaded and checked, the one `ahead`, if there is one, is pruned."""
         with _maker() as pool:
             for level in ahead:
                 pool.submit(prune_level, self._level(self._plan(level), []))
             # Its errors are met again by `_make`; its memory is free once it is shut down.
-            return self._measured_alone(directory, pool.shutdown)
+            self._measure_alone(directory, pool.shutdown)
 
-    def _measured_alone(self, directory: Path, alone: Callable[[], object]) -> Path:
+    def _measure_alone(self, directory: Path, alone: Callable[[], object]) -> None:
         asked = self._arguments
         engines = list(dict.fromkeys([*self._engines, *self._dense_engines, *self._peers]))
         request = Request(
@@ -243,7 +242,6 @@ class Table8:
             alone=alone,
             reporter=self._reporter,
         )
-        return report
 
     def _step(self, level: str, name: str, work: Callable[[], Any]) -> Any:
         """Do a part of the work, and note in `steps.csv` what it took, of all processes together."""

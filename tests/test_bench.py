@@ -9,14 +9,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from owl_deploy.bench import checks, measure
 from owl_deploy.bench.rows import Row, read_rows
 from owl_deploy.bundle.names import Flavor
-from owl_deploy.engines.registry import ENGINES, engine_spec
+from owl_deploy.bundle.expected import EXPECTED, read_expected, write_expected
+from owl_deploy.engines.registry import ENGINES, engine_spec, named_engines
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
+from owl_deploy.sparse import library
 from owl_deploy.pruning.levels import parse_sparsities
 
 from .conftest import WORDS, Ran, RunCli
@@ -394,3 +397,55 @@ def test_the_main_job_on_the_real_model_with_both_engines(
         for row in (rows[index], rows[2 + index]):
             assert row["perplexity"] == pytest.approx(in_torch, rel=1e-3)
             assert row["sparsity_achieved"] == pytest.approx(float(level), abs=2e-3)
+
+
+def test_ours_too_are_checked_on_the_machine_that_measures(
+    out: Path, swept: list[dict[str, Any]], tmp_path: Path, run_cli: RunCli
+) -> None:
+    """A graph that computes something else here than at export, and a bundle that holds nothing to compare with."""
+    assert swept
+    assert swept[0]["parity"]["reference"] == "torch"
+    assert swept[0]["parity"]["positions_with_past"] == 3
+    bundle = shutil.copytree(out / "0" / "bundle", tmp_path / "bundle")
+    expected = bundle / "genai" / EXPECTED
+    kept = read_expected(bundle / "genai")
+    assert kept is not None
+    write_expected(bundle / "genai", kept.ids, np.ones((len(kept.ids), kept.logits.shape[1]), np.float32), decoded=16)
+    _say_what_is_there(bundle, expected)
+    run = ("bench", bundle, *WORKLOAD, "--repetitions", 1, "--json")
+    ran = run_cli(*run, "-o", tmp_path / "other")
+    assert ran.code == 1
+    assert "logits differ" in rows_of(ran)[0]["error"]
+    expected.unlink()
+    _say_what_is_there(bundle, expected)
+    ran = run_cli(*run, "-o", tmp_path / "old")
+    assert ran.code == 1
+    assert "export the model again" in rows_of(ran)[0]["error"]
+
+
+def _say_what_is_there(bundle: Path, file: Path) -> None:
+    """Bring `bundle.json` up to date with a file of it that was changed or deleted."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    for flavor in manifest["flavors"].values():
+        flavor["files"] = [one for one in flavor["files"] if one["path"] != str(file.relative_to(bundle))]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def test_other_kernels_are_other_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sparse = engine_spec("sparse-int8")
+    first = sparse.what_runs()
+    assert sparse.what_runs() == first
+    monkeypatch.setenv("OWL_DEPLOY_KERNELS", "scalar")
+    chosen = sparse.what_runs()
+    assert chosen != first
+    rebuilt = tmp_path / "libowl_sparse.so"
+    rebuilt.write_bytes(b"another build")
+    monkeypatch.setattr(library, "_PATH", rebuilt)
+    assert sparse.what_runs() not in (first, chosen)
+    assert engine_spec("onnxruntime").what_runs() == engine_spec("onnxruntime").what_runs()
+
+
+def test_a_group_of_engines_is_those_whose_graphs_are_there() -> None:
+    assert [spec.name for spec in named_engines("sparse", {"genai", "sparse-int8"})] == ["sparse-int8"]
+    assert len(named_engines("sparse", {"genai"})) == 3  # so that the message can name what is missing
+    assert [spec.name for spec in named_engines("sparse-packed16", {"sparse-int8"})] == ["sparse-packed16"]
