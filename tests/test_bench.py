@@ -14,13 +14,13 @@ import pytest
 
 from owl_deploy.bench import checks, measure
 from owl_deploy.bench.rows import Row, read_rows
-from owl_deploy.bundle.names import Flavor
 from owl_deploy.bundle.expected import EXPECTED, read_expected, write_expected
+from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import ENGINES, engine_spec, named_engines
 from owl_deploy.errors import UserError
 from owl_deploy.export.run import export_checkpoint
-from owl_deploy.sparse import library
 from owl_deploy.pruning.levels import parse_sparsities
+from owl_deploy.sparse import library
 
 from .conftest import WORDS, Ran, RunCli
 
