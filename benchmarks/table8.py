@@ -8,7 +8,7 @@ Each level is pruned, exported, measured beside the dense model, and deleted aga
 two: 30 GB at 1.1B parameters in fp32. While its engines are loaded and checked the next level is pruned: load times are
 measured beside that, and all else alone. ONNX Runtime multiplies zeros like any other number, so that its dense row
 stands for all levels; named in --engines, it is measured at each. Results gather in OUT as `owl-deploy bench` writes
-them. A run that was killed goes on with the level it was in; levels whose rows are there are skipped.
+them. Run it again after it was killed: it continues with the level it was in and skips those that have their rows.
 
 Without --model the weights are random. They have no outliers, so OWL would have nothing to go by: blocks are pruned by
 magnitude, from S - 0.08 for the first to S + 0.08 for the last, which is as uneven as OWL with its lambda of 0.08. With
@@ -18,16 +18,18 @@ magnitude, from S - 0.08 for the first to S + 0.08 for the last, which is as une
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import multiprocessing
 import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,9 @@ def main() -> None:
     except (UserError, CheckFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue with this level", file=sys.stderr)
+        sys.exit(130)
     Console(width=_TABLE_COLUMNS).print(terminal_table(read_rows(arguments.output / RESULTS)))
     print(report)
 
@@ -130,7 +135,7 @@ class Table8:
         for index, sparsity in enumerate(missing):
             name, directory = f"{sparsity:g}", self._directory(sparsity)
             self._step(name, "prune and export", lambda level=sparsity: self._make(self._plan(level), self._engines))
-            shutil.rmtree(directory / "checkpoint")
+            shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # not there: a run was killed while measuring
             ahead = missing[index + 1 : index + 2]
             self._step(name, "measure", lambda made=directory, ahead=ahead: self._measure(made, ahead))
             shutil.rmtree(directory)
@@ -259,9 +264,17 @@ class Table8:
         return result
 
 
-def _maker() -> ProcessPoolExecutor:
-    """A process for work whose memory is to be free again after it."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+@contextlib.contextmanager
+def _maker() -> Iterator[ProcessPoolExecutor]:
+    """A process for work whose memory is to be free again after it; an error or an interruption here ends it."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in multiprocessing.active_children():  # else the pool waits for work that may take hours
+                child.terminate()
+            raise
 
 
 def _end_with_parent() -> None:
@@ -286,4 +299,5 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that engines, and what makes a level, end too
     main()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,7 +21,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import T5Config
 
 from owl_deploy.errors import first_line
+from owl_deploy.pruning import run
 from owl_deploy.pruning.plan import METHODS
+from owl_deploy.pruning.run import write_recipes
 
 from .conftest import WORDS, Ran, RunCli, TinyModel
 
@@ -405,6 +408,37 @@ def test_an_output_inside_a_file(run_cli: RunCli, work: Path, tiny_llama: Path) 
     (work / "file").write_text("mine")
     check_refused(run_cli("prune", tiny_llama, "-o", work / "file" / "out", "--sparsity", 0), work / "file")
     assert left(work) == ["file"]
+
+
+def test_the_working_directory_as_output(
+    run_cli: RunCli, work: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    for name in (".", "..", "/"):
+        check_refused(run_cli("prune", tiny_llama, "-o", name, "--sparsity", 0))
+        assert left(work) == []
+
+
+def test_an_output_that_is_a_link_is_where_it_leads(run_cli: RunCli, work: Path, tiny_llama: Path) -> None:
+    (work / "link").symlink_to("real")
+    assert run_cli("prune", tiny_llama, "-o", work / "link", "--sparsity", 0).code == 0
+    assert (work / "link").is_symlink()
+    assert (work / "real" / "pruning.json").is_file()
+
+
+def test_notes_put_into_the_output_while_it_is_made(
+    prune: Prune, work: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_notes(*arguments: Any) -> None:
+        (work / "out").mkdir()
+        (work / "out" / "notes.txt").write_text("mine")
+        write_recipes(*arguments)
+
+    monkeypatch.setattr(run, "write_recipes", take_notes)
+    check_refused(prune(tiny_llama, quiet=True), work / "out", "not empty", work / "out.finished-1")
+    assert left(work / "out") == ["notes.txt"]
+    assert {"pruning.json", "model.safetensors"} <= set(left(work / "out.finished-1"))
+    assert sorted(path.name for path in work.iterdir()) == ["out", "out.finished-1"]
 
 
 def test_an_empty_output_directory_is_used(prune: Prune, work: Path, tiny_llama: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,12 +141,29 @@ def test_a_real_checkpoint_is_pruned_by_owl_and_has_a_perplexity(
     assert dense.perplexity != sparse.perplexity
 
 
-def test_what_makes_a_level_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_while_measuring_continues_there(
+    table8: Table8, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out, asked = tmp_path / "out", ("0.5", "--engines", "onnxruntime")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("table8"), "bench_bundles", interrupt)
+        assert table8(out, *asked).code == 130
+    ended = table8(out, *asked)
+    assert ended.code == 0, ended.stderr
+    assert of(read_rows(out / "results.jsonl")) == [("onnxruntime", 0.5)]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda ending: ending.name)
+def test_what_makes_a_level_ends_with_a_run_that_is_killed(ending: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     variables = {**os.environ, "PYTHONPATH": str(TESTS.parent / "benchmarks")}
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=variables) as run:
         assert run.stdout is not None
         maker = psutil.Process(int(run.stdout.readline()))
-        run.kill()
+        run.send_signal(ending)
         assert psutil.wait_procs([maker], timeout=30)[1] == []
+        run.wait(timeout=30)

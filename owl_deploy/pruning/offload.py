@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class OffloadedModel:
         shards = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
         file_of: dict[str, str] = {}
         for block, shard in zip(self.blocks, shards, strict=False):
-            _move(self.finished.path(block), self._out / shard)
+            _take(self.finished.path(block), self._out / shard)
             file_of |= dict.fromkeys(self._parts.inside(block), shard)
         file_of |= dict.fromkeys(self._parts.write_outside(self._out / shards[-1]), shards[-1])
         write_index(self._out, file_of, sum(self._parts.size_bytes(name) for name in file_of))
@@ -235,10 +236,10 @@ class _Parts:
             module._buffers[leaf] = tensor
 
 
-def _move(path: Path, to: Path) -> None:
-    """Let a finished block be part of the output; if that is not to be, the next run finds it where it was."""
+def _take(path: Path, to: Path) -> None:
+    """Let a finished block be part of the output, and stay where it is: the next run needs it if this one fails."""
     with disk_errors(to):
         try:
             os.link(path, to)
         except OSError:  # a file system without links
-            path.replace(to)
+            shutil.copyfile(path, to)

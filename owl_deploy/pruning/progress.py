@@ -1,4 +1,4 @@
-"""Blocks of a run that is not over, kept on disk: a run that was killed goes on after them."""
+"""Blocks that an unfinished run has pruned, kept on disk: after it was killed, the next run continues after them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from owl_deploy.files import disk_errors
+from owl_deploy.files import written_whole
 from owl_deploy.models.shards import write_shard
 from owl_deploy.models.structure import Block
 from owl_deploy.pruning.manifest import BlockRecord
@@ -37,12 +37,6 @@ class FinishedBlocks:
 
     def add(self, block: Block, record: BlockRecord) -> None:
         """Keep a block whose weights are in their own dtype; whole, or not at all."""
-        path = self.path(block)
-        partial = path.with_suffix(".partial")
         tensors = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
-        with disk_errors(path):
-            try:
-                write_shard(partial, tensors, tensors.items(), {"format": "pt", _RECORD: record.model_dump_json()})
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with written_whole(self.path(block)) as path:
+            write_shard(path, tensors, tensors.items(), {"format": "pt", _RECORD: record.model_dump_json()})

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from owl_deploy.errors import UserError, first_line
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.files import (
-    disk_errors,
     read_json,
     resumable_directory,
     staged_directory,
@@ -85,7 +84,7 @@ def prune_checkpoint(
 ) -> PruningManifest:
     """Prune `source` into the new directory `out`, or find it there already made from the same inputs.
 
-    A run that was killed is gone on with after the last block it finished.
+    If an earlier run was killed, this one continues after the last block that it finished.
 
     Args:
         recipe: the recipe `plan` came from; the blocks it names must be this model's.
@@ -257,8 +256,7 @@ def _dense_statistics(
     if (known := DenseStatistics.load(file, inputs_sha256)) is not None:
         return known
     dense = measure_dense(opened.model, opened.blocks, windows.ids, opened.weights, reporter)
-    with disk_errors(file):
-        dense.save(file, inputs_sha256)
+    dense.save(file, inputs_sha256)
     return dense
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from owl_deploy.files import written_whole
 from owl_deploy.models.structure import Block, matrix_of
 from owl_deploy.pruning.calibration.statistics import InputStatistics
 from owl_deploy.pruning.methods.wanda import wanda_scores
@@ -42,12 +42,8 @@ class DenseStatistics:
     def save(self, path: Path, inputs_sha256: str) -> None:
         """Write a safetensors file that says which model and text it was measured from."""
         apart = {name: square.clone() for name, square in self.squares.items()}  # linears with one input share theirs
-        partial = path.with_name(f".{path.name}.{os.getpid()}")  # levels of a sweep may write it at once
-        try:
-            save_file(apart, partial, {_INPUTS: inputs_sha256})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(path) as temporary:  # levels of a sweep may write it at once
+            save_file(apart, temporary, {_INPUTS: inputs_sha256})
 
     @classmethod
     def load(cls, path: Path, inputs_sha256: str) -> DenseStatistics | None:
