@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from owl_deploy.files import disk_errors
+from owl_deploy.files import written_whole
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -28,10 +28,5 @@ def scale_logarithmically(axes: Axes, values: Sequence[float]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all; equal figures give equal bytes."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        try:
-            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

@@ -23,7 +23,7 @@ from transformers import T5Config
 from owl_deploy.errors import first_line
 from owl_deploy.pruning import run
 from owl_deploy.pruning.plan import METHODS
-from owl_deploy.pruning.run import write_recipes
+from owl_deploy.pruning.recipe.write import write_recipes
 
 from .conftest import WORDS, Ran, RunCli, TinyModel
 

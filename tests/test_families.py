@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
@@ -187,6 +188,67 @@ def test_weights_that_pruning_would_not_see_are_refused(
     assert len(ran.stderr.splitlines()) == 1
     assert "fused experts" in ran.stderr
     assert not out.exists()
+
+
+# -------------------- arguments that depend on the tokens
+
+
+GEMMA3N = FAMILIES["gemma3_text"] | {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "activation_sparsity_pattern": [0.0] * 3,
+    "pad_token_id": 0,
+}
+
+
+def test_gemma_3n_is_refused_for_its_per_layer_inputs(
+    tiny_model: TinyModel, run_cli: RunCli, calibration: Path
+) -> None:
+    out = calibration.parent / "out"
+    asked = ["prune", tiny_model("gemma3n_text", **GEMMA3N), "-o", out, "--sparsity", 0.5, "--calibration", calibration]
+    ran = run_cli(*asked, "--quiet")
+    assert ran.code == 2
+    (line,) = ran.stderr.splitlines()
+    assert "model.layers.0 is called with a per_layer_input that depends on the tokens" in line
+    assert not out.exists()
+    assert run_cli(*asked, "--method", "magnitude", "--allocation", "uniform", "--quiet").code == 0
+
+
+@pytest.fixture(params=[True, False], ids=["of-tokens", "of-length"])
+def of_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """LLaMA's blocks are called with a keyword argument that depends on the tokens, or on their number alone."""
+    forward = LlamaModel.forward
+
+    def with_hints(model: LlamaModel, input_ids: torch.Tensor, **keywords: Any) -> Any:
+        hints = input_ids if request.param else torch.ones_like(input_ids)
+        return forward(model, input_ids, hints={"of": [hints, None]}, **keywords)
+
+    monkeypatch.setattr(LlamaModel, "forward", with_hints)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("where", [[], ["--offload"]], ids=["in-memory", "offloaded"])
+def test_arguments_that_depend_on_the_tokens_are_refused(
+    where: list[str], of_tokens: bool, tiny_model: TinyModel, run_cli: RunCli, calibration: Path
+) -> None:
+    out = calibration.parent / "out"
+    asked = ["prune", tiny_model("llama"), "-o", out, *WANDA_OWL, "--calibration", calibration, *where, "--quiet"]
+    ran = run_cli(*asked)
+    assert ran.code == (2 if of_tokens else 0), ran.stderr
+    if of_tokens:
+        assert "model.layers.0 is called with a hints that depends on the tokens" in ran.stderr
+        assert not out.exists()
+
+
+@pytest.mark.usefixtures("of_tokens")
+@torch.no_grad()
+def test_with_one_calibration_sequence_there_are_no_other_tokens(tiny_model: TinyModel) -> None:
+    model = load_model(ModelSource("llama", tiny_model("llama")))
+    for ids in (IDS[:1], np.repeat(IDS[:1], 2, axis=0)):
+        assert len(CalibrationStream(model, find_blocks(model), ids)) == len(ids)
 
 
 # -------------------- configs of transformers 5

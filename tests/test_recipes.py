@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from owl_deploy.errors import UserError
 from owl_deploy.pruning.plan import ALLOCATIONS, METHODS, NM, BlockShare, PruningPlan
-from owl_deploy.pruning.recipe.recipes import EXPLICIT_RECIPE, RECIPE, Recipe, read_recipe, write_recipes
+from owl_deploy.pruning.recipe.read import Recipe, read_recipe
+from owl_deploy.pruning.recipe.write import EXPLICIT_RECIPE, RECIPE, write_recipes
 
 ROOT = Path(__file__).parents[1]
 READY_MADE = sorted((ROOT / "recipes").glob("*.yaml"))

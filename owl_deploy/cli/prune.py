@@ -126,7 +126,7 @@ def prune(
     """
     from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.plan import PruningPlan
-    from owl_deploy.pruning.recipe.recipes import read_recipe
+    from owl_deploy.pruning.recipe.read import read_recipe
 
     asked: dict[str, Any] = {
         "sparsity": sparsity,

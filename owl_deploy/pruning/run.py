@@ -33,7 +33,8 @@ from owl_deploy.pruning.manifest import MANIFEST, PerplexityRecord, PruningManif
 from owl_deploy.pruning.offload import OffloadedModel, offloaded_perplexity
 from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
-from owl_deploy.pruning.recipe.recipes import Recipe, write_recipes
+from owl_deploy.pruning.recipe.read import Recipe
+from owl_deploy.pruning.recipe.write import write_recipes
 from owl_deploy.pruning.tune import tune
 from owl_deploy.records import TextRecord, fingerprint, versions
 from owl_deploy.reporting import SILENT, Reporter

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from owl_deploy.errors import UserError
 from owl_deploy.models.structure import Block
 from owl_deploy.pruning.calibration.spill import Tensors
 from owl_deploy.pruning.calibration.statistics import InputStatistics
@@ -29,6 +32,10 @@ Watch = Callable[[int, torch.Tensor], AbstractContextManager[None]]
 """What surrounds the block's forward pass of one sequence: its position, and its hidden states before the block."""
 
 
+_Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+"""By block: the arguments after the hidden states, and the keyword arguments."""
+
+
 class _Captured(Exception):
     """Ends a forward pass once all is known that it was made for."""
 
@@ -36,7 +43,8 @@ class _Captured(Exception):
 class CalibrationStream:
     """Hidden states of n sequences, before some block; `collect` and `advance` move them through it.
 
-    Each block is called with its own keyword arguments (masks differ per layer type in sliding-window families).
+    Each block is called with its own keyword arguments (masks differ per layer type in sliding-window families), which
+    are those of the first sequence for all.
     All arithmetic is fp32, whatever the checkpoint's dtype.
     """
 
@@ -56,6 +64,9 @@ class CalibrationStream:
 
         Args:
             new_store: makes what sequences' activations are kept in.
+
+        Raises:
+            UserError: the model passes its blocks arguments that depend on the tokens.
         """
         model.config.use_cache = False
         sequences = [torch.from_numpy(row)[None] for row in ids]
@@ -63,7 +74,11 @@ class CalibrationStream:
         with held(blocks[0]) if held else in_fp32(blocks[0].module, device):
             output = blocks[0].module(*arguments, **keywords)
         self._beside = output[1:] if isinstance(output, tuple) else None
-        self._calls = _to(_record_calls(model, blocks, sequences[0], self._beside), device)
+        calls = _record_calls(model, blocks, sequences[0], self._beside)
+        other = next((sequence for sequence in sequences[1:] if not torch.equal(sequence, sequences[0])), None)
+        if other is not None:
+            _refuse_token_dependent(model, blocks, calls, _record_calls(model, blocks, other, self._beside))
+        self._calls = _to(calls, device)
         self.new_store = new_store
         self._hidden = new_store()
         for sequence in sequences:
@@ -175,12 +190,12 @@ def _first_call(
 
 def _record_calls(
     model: PreTrainedModel, blocks: list[Block], sequence: torch.Tensor, beside: tuple[Any, ...] | None
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+) -> _Calls:
     """What the model passes to each block beside the hidden states.
 
     It does not depend on the hidden states: these go past all blocks as they came to the first.
     """
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    calls: _Calls = {}
 
     def record(index: int, *arguments: Any, **keywords: Any) -> Any:
         rest = {key: value for key, value in keywords.items() if key != "hidden_states"}
@@ -192,6 +207,44 @@ def _record_calls(
     with _standing_in(blocks, record), contextlib.suppress(_Captured):
         model(sequence, use_cache=False)
     return calls
+
+
+def _refuse_token_dependent(model: PreTrainedModel, blocks: list[Block], calls: _Calls, others: _Calls) -> None:
+    """Refuse a family whose blocks are called with other arguments for other tokens (Gemma 3n's per-layer inputs)."""
+    for block in blocks:
+        named, other = _by_name(block, *calls[block.name]), _by_name(block, *others[block.name])
+        for name in {**named, **other}:
+            if not _same(named.get(name), other.get(name)):
+                raise UserError(
+                    f"{type(model).__name__}: {block.name} is called with a {name} that depends on the tokens, so that "
+                    "blocks cannot be run one by one, as calibration and --offload do; --method magnitude "
+                    "--allocation uniform needs neither"
+                )
+
+
+def _by_name(block: Block, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by the names of its parameters; the first one is for the hidden states."""
+    parameters = [name for name in inspect.signature(type(block.module).forward).parameters if name != "self"]
+    names = itertools.chain(parameters[1:], map("argument {}".format, itertools.count(len(parameters))))
+    return {**dict(zip(names, arguments, strict=False)), **keywords}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal: tensors by shape and value, objects that do not say by what is in them."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    equality: object = type(one).__eq__
+    if equality is object.__eq__:  # caches
+        return _same(getattr(one, "__dict__", {}), getattr(other, "__dict__", {}))
+    return bool(one == other)
 
 
 def _to(value: Any, device: str) -> Any:

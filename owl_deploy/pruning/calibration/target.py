@@ -33,12 +33,14 @@ class DenseBlock:
         writers: the linears whose outputs add up with the block's input to its output, in the order they are called.
             Empty where no such sum gives the output (a norm after the projection, a scaled residual).
         written: by writer, the stream once it has written, but for its bias: [1, tokens, hidden].
-        inputs: by other linear, its inputs [..., in]; linears fed by one tensor share one list of them. Experts, which
-            do not see every token, are left out.
+        leaders: of each other linear, the first one that is fed by the same tensor. Experts, which do not see every
+            token, are left out.
+        inputs: by leader, its inputs [..., in].
     """
 
     writers: tuple[str, ...] = ()
     written: dict[str, Tensors] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Tensors] = field(default_factory=dict)
 
 
@@ -50,23 +52,23 @@ def observe(stream: CalibrationStream, block: Block) -> DenseBlock:
             if index == 0:
                 seen.writers = _writers(before, after, outputs)
                 seen.written = {name: stream.new_store() for name in seen.writers}
-                others = {
-                    name: tensor
-                    for name, tensor in inputs.items()
-                    if name not in seen.writers and name == without_indices(name)
-                }
-                stores = {id(tensor): stream.new_store() for tensor in others.values()}
-                seen.inputs = {name: stores[id(tensor)] for name, tensor in others.items()}
-                leaders = {id(store): name for name, store in seen.inputs.items()}
+                others = [name for name in inputs if name not in seen.writers and name == without_indices(name)]
+                seen.leaders = _leaders({name: inputs[name] for name in others})
+                seen.inputs = {leader: stream.new_store() for leader in seen.leaders.values()}
             found = before
             for name in seen.writers:
                 found = found + outputs[name].view_as(found)
                 seen.written[name].append(found - _bias(block.linears[name]))
-            for name in leaders.values():
-                seen.inputs[name].append(inputs[name])
+            for leader, kept in seen.inputs.items():
+                kept.append(inputs[leader])
             inputs.clear()
             outputs.clear()
     return seen
+
+
+def _leaders(inputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Of each linear, the first one whose input is the very same tensor."""
+    return {name: next(first for first in inputs if inputs[first] is inputs[name]) for name in inputs}
 
 
 def _bias(linear: Linear) -> torch.Tensor | float:
@@ -113,7 +115,7 @@ class DenseTargets:
         self._linears = linears
         self._dense = dense
         self._of_writers: dict[str, torch.Tensor] = {}
-        self._crossed: dict[int, torch.Tensor] = {}
+        self._of_leaders: dict[str, torch.Tensor] = {}
         self._sequences = 0
 
     @contextlib.contextmanager
@@ -121,11 +123,11 @@ class DenseTargets:
         """Collect from the pruned block's forward pass of sequence `index`; `hidden` is its stream before the block."""
         self._sequences = index + 1
         self._stream = hidden
-        self._added: set[int] = set()
+        self._added: set[str] = set()
         handles = [
             linear.register_forward_pre_hook(self._reader(name, index))
             for name, linear in self._linears.items()
-            if name in self._dense.writers or name in self._dense.inputs
+            if name in self._dense.writers or name in self._dense.leaders
         ]
         handles += [self._block.linears[name].register_forward_hook(self._writer) for name in self._dense.writers]
         try:
@@ -138,9 +140,9 @@ class DenseTargets:
         """`T^T X` [out, in]; None for a linear that did not see every token, which keeps its own output as target."""
         if name in self._of_writers:
             return self._of_writers[name]
-        if name not in self._dense.inputs:
+        if name not in self._dense.leaders:
             return None
-        return matrix_of(self._linears[name]) @ self._crossed[id(self._dense.inputs[name])]
+        return matrix_of(self._linears[name]) @ self._of_leaders[self._dense.leaders[name]]
 
     def _reader(self, name: str, index: int) -> Any:
         def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -149,11 +151,11 @@ class DenseTargets:
                 wanted = self._dense.written[name][index] - self._stream
                 self._of_writers[name] = self._mean(self._of_writers.get(name), wanted, inputs)
                 return
-            dense = self._dense.inputs[name]
-            key = id(dense)
-            if key not in self._added:  # linears fed by the same tensor share it
-                self._added.add(key)
-                self._crossed[key] = self._mean(self._crossed.get(key), dense[index], inputs)
+            leader = self._dense.leaders[name]
+            if leader not in self._added:  # linears fed by the same tensor share it
+                self._added.add(leader)
+                dense = self._dense.inputs[leader][index]
+                self._of_leaders[leader] = self._mean(self._of_leaders.get(leader), dense, inputs)
 
         return before
 
