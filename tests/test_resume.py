@@ -1,4 +1,4 @@
-"""A run that ends on the way is gone on with: same bytes, and no block pruned twice."""
+"""The next run continues an interrupted one: same bytes, and no block pruned twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.pruning import driver
+from owl_deploy.models.source import ModelSource
+from owl_deploy.pruning import driver, run
+from owl_deploy.pruning.plan import PruningPlan
 
 from .conftest import RunCli
 
@@ -79,6 +81,38 @@ def test_what_other_inputs_left_is_not_used(
     monkeypatch.setattr(driver, "prune_linear", counter)
     assert run_cli("prune", tiny_llama, "-o", tmp_path / "out", "--sparsity", "0.5", *options).code == 0
     assert counter.count == 6 * 7
+
+
+@pytest.mark.parametrize("what", ["versions", "device"])
+def test_blocks_of_another_version_or_device_are_not_used(
+    what: str, run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--sparsity", "0.6", "--calibration", reference / "tiny_calib.npy", "--quiet"]
+    out, other = tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "prune_linear", Counter(interrupt_at=20))
+        if what == "versions":
+            patch.setattr(run, "versions", lambda: {"torch": "1.0"})
+        else:
+            other = ["--device", "cpu:0"]
+        assert run_cli("prune", tiny_llama, "-o", out, *options, *other).code == 130
+    counter = Counter(interrupt_at=None)
+    monkeypatch.setattr(driver, "prune_linear", counter)
+    assert run_cli("prune", tiny_llama, "-o", out, *options).code == 0
+    assert counter.count == 6 * 7
+
+
+def test_statistics_of_another_version_are_measured_again(
+    tiny_llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = ModelSource("tiny", tiny_llama), run.Calibration(str(reference / "tiny_calib.npy"))
+    file = tmp_path / "statistics.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "versions", lambda: {"torch": "1.0"})
+        run.prune_checkpoint(source, tmp_path / "old", PruningPlan(0.6), text, statistics_file=file)
+    old = file.read_bytes()
+    run.prune_checkpoint(source, tmp_path / "new", PruningPlan(0.6), text, statistics_file=file)
+    assert file.read_bytes() != old
 
 
 def test_a_block_file_that_was_cut_short_is_made_again(

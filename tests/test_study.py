@@ -20,6 +20,8 @@ from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning import driver
 from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.weights import InMemory
+from owl_deploy.records import versions
+from owl_deploy.studies import run
 
 from .conftest import Ran, RunCli, TinyModel
 from .test_resume import Counter
@@ -376,6 +378,36 @@ def test_times_on_other_threads_are_another_study(
     asked = ("study", "efficiency", model, "-o", tmp_path / "out", *texts[:6], "--sparsities", "0.5")
     assert run_cli(*asked, "--threads", 2).code == 2
     assert run_cli(*asked, "--threads", 1).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("versions", versions() | {"torch": "1.0"}, "torch 1.0, and here it is"),
+        ("cpu_model", "Abacus", "CPU Abacus, and here it is"),
+    ],
+)
+def test_cells_of_other_versions_or_machines_do_not_join_those_that_are_there(
+    name: str,
+    before: object,
+    now: str,
+    run_cli: RunCli,
+    model: Path,
+    texts: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ("study", "granularity", model, "-o", tmp_path / "out", *texts, "--quiet", "--sparsities")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, name, lambda: before)
+        assert run_cli(*asked, "0.7").code == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    ran = run_cli(*asked, "0.5,0.7")
+    assert ran.code == 2
+    (line,) = ran.stderr.splitlines()
+    assert f"its cells were measured with {now}" in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
+    assert run_cli(*asked, "0.7").code == 0  # nothing is added
 
 
 @pytest.mark.parametrize(

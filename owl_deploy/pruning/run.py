@@ -115,13 +115,16 @@ def prune_checkpoint(
         "evaluation": evaluated.sha256 if evaluated else None,
     }
     inputs_sha256 = fingerprint(inputs)
+    # Parts that were made in another way are not put together.
+    conditions: dict[str, object] = {"versions": versions(), "device": execution.device}
+    resumed_sha256 = fingerprint({**inputs, **conditions})
     if (made := read_manifest(out)) is not None:
         if made.inputs_sha256 != inputs_sha256:
             raise UserError(f"{out}: holds a checkpoint pruned from other inputs; choose another output directory")
         reporter.step(f"{out}: already made from the same inputs")
         return made
 
-    with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, inputs_sha256) as unfinished:
+    with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, resumed_sha256) as unfinished:
         with clock.phase("load"):
             opened = _open(source, staging, unfinished, execution)
             model, blocks = opened.model, opened.blocks
@@ -142,8 +145,9 @@ def prune_checkpoint(
             with clock.phase("tune"):
                 plan, trials = _tune(opened, plan, tune_over, windows, unfinished, reporter)
         with clock.phase("allocate"):
+            measured_of = {"model": model_sha256, **conditions}
             dense = _dense_statistics(
-                opened, plan, windows, model_sha256, statistics_file or unfinished / _STATISTICS, reporter
+                opened, plan, windows, measured_of, statistics_file or unfinished / _STATISTICS, reporter
             )
             shares = allocate(plan, blocks, opened.weights, dense)
         with clock.phase("prune"):
@@ -212,7 +216,7 @@ def _tune(
     unfinished: Path,
     reporter: Reporter,
 ) -> tuple[PruningPlan, list[TrialRecord]]:
-    """`tune`, going on where an earlier run was killed."""
+    """`tune`, without the trials of an earlier run that was killed."""
     file = unfinished / "trials.json"
     known = [TrialRecord.model_validate(trial) for trial in read_json(file)] if file.is_file() else []
     return tune(
@@ -246,14 +250,14 @@ def _dense_statistics(
     opened: Opened,
     plan: PruningPlan,
     windows: TokenWindows | None,
-    model_sha256: str,
+    measured_of: dict[str, object],
     file: Path,
     reporter: Reporter,
 ) -> DenseStatistics | None:
     """What the allocation asks of the dense model, from `file` if it was measured there from the same inputs."""
     if not plan.needs_lod or windows is None:
         return None
-    inputs_sha256 = fingerprint({"model": model_sha256, "calibration": windows.sha256})
+    inputs_sha256 = fingerprint({**measured_of, "calibration": windows.sha256})
     if (known := DenseStatistics.load(file, inputs_sha256)) is not None:
         return known
     dense = measure_dense(opened.model, opened.blocks, windows.ids, opened.weights, reporter)

@@ -55,8 +55,8 @@ def run_study(
     """Measure the cells of `study` that the directory `out` lacks, and write each as soon as it is measured.
 
     Raises:
-        UserError: something is wrong with the model, a text or a task; or `out` holds something else, or cells of other
-            inputs.
+        UserError: something is wrong with the model, a text or a task; or `out` holds something else, cells of other
+            inputs, or lacks cells and has others that were measured with other versions or on another machine.
     """
     tokenizer = load_tokenizer(source)
     windows = calibration_windows(
@@ -81,12 +81,15 @@ def run_study(
     if study.is_timed:
         inputs |= {"threads": torch.get_num_threads(), "cpu": cpu_model()}
     with locked(out):
-        known = _read_known(out, fingerprint(inputs))
+        made = _read_made(out, fingerprint(inputs))
+        known = _read_known(out) if made else {}
         cells = dict(zip(study.keys, study.cells, strict=True))
         missing = {key: cell for key, cell in cells.items() if key not in known}
         if len(missing) < len(cells):
             reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells were measured before")
         if missing:
+            if made and known:
+                _check_conditions(out, made)
             bench = _Bench(source, study, windows, evaluated, asked)
             record = _describe(source, study, inputs, bench.blocks, windows, evaluated, asked)
             with disk_errors(out):
@@ -129,16 +132,34 @@ def _outcome(cell: CellRecord) -> str:
     return "; ".join(figures) or f"{number(cell.seconds)} s"
 
 
-def _read_known(out: Path, inputs_sha256: str) -> dict[str, CellRecord]:
-    """The cells that were measured before, by key."""
+def _read_made(out: Path, inputs_sha256: str) -> StudyRecord | None:
+    """What the cells that were measured before were measured on."""
     if not (out / RECORD).is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: is not empty, and holds no study; choose another output directory")
-        return {}
-    if read_record(out / RECORD, StudyRecord, mend=_MEND).inputs_sha256 != inputs_sha256:
+        return None
+    record = read_record(out / RECORD, StudyRecord, mend=_MEND)
+    if record.inputs_sha256 != inputs_sha256:
         raise UserError(
             f"{out}: holds a study of another kind, model, text or machine; choose another output directory"
         )
+    return record
+
+
+def _check_conditions(out: Path, made: StudyRecord) -> None:
+    """Refuse to add cells to those that another machine, or other versions, may have given other figures."""
+    before: dict[str, object] = {"CPU": made.cpu, "threads": made.threads, **made.versions}
+    now: dict[str, object] = {"CPU": cpu_model(), "threads": torch.get_num_threads(), **versions()}
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{out}: its cells were measured with {name} {before.get(name)}, and here it is {now.get(name)}; "
+                "measure the others as those were, or choose another output directory"
+            )
+
+
+def _read_known(out: Path) -> dict[str, CellRecord]:
+    """The cells that were measured before, by key."""
     if not (out / CELLS).is_file():
         return {}
     try:
