@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from owl_deploy.bench.rows import RESULTS, Continuation, Row, Samples, Spread, read_rows
+from owl_deploy.bench.rows import RESULTS, Continuation, Row, Samples, Spread, merged, read_rows, updated
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError
 from owl_deploy.formatting import enumeration, number, perplexity_text, size
@@ -526,6 +526,34 @@ def test_results_of_several_machines_make_one_report(tmp_path: Path, run_cli: Ru
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"owl-deploy report {a.parent} {b} -o {tmp_path / 'out'}" in text
     assert "Other CPU" in text
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_bundles_of_one_name_in_two_results_do_not_take_each_others_place(
+    recorded: bool, tmp_path: Path, run_cli: RunCli
+) -> None:
+    results = []
+    for name, size_bytes in (("a", 100), ("b", 200)):
+        hashes = {"checkpoint_sha256": f"{name} dense"}, {"checkpoint_sha256": f"{name} sparse"}
+        dense, sparse = hashes if recorded else ({}, {})
+        rows = [
+            make_dense(bundle="dense", file_bytes=size_bytes, **dense),
+            make_row(bundle="sparse", file_bytes=size_bytes, **sparse),
+        ]
+        results.append(results_file(tmp_path / name, *rows))
+    ran = run_cli("report", *results, "-o", tmp_path / "out", "--json")
+    assert (len(ran.stdout.splitlines()), ran.stderr) == (4, "")
+
+
+def test_rows_of_one_checkpoint_are_told_apart_by_the_head_their_size_shows() -> None:
+    rows = [make_row(checkpoint_sha256="c", file_bytes=size_bytes, bundle="x") for size_bytes in (1, 2, 2)]
+    assert merged([rows]) == rows[:2]
+
+
+def test_what_is_measured_again_in_one_directory_takes_its_own_place() -> None:
+    before = [make_dense(bundle="dense"), make_row(bundle="sparse", checkpoint_sha256="pruned once")]
+    after = [make_row(bundle="sparse", checkpoint_sha256="pruned again")]
+    assert updated(before, after) == [before[0], *after]
 
 
 def test_the_recorded_results_can_be_reported_again(tmp_path: Path, run_cli: RunCli) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from owl_deploy.bench.checks import ParityCheck
 from owl_deploy.bench.log import Log
 from owl_deploy.bench.processes import Load, Processes
 from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.errors import CheckFailed, DiskError, UserError
 from owl_deploy.evaluation.perplexity import perplexity_of
@@ -99,12 +101,19 @@ class Bench:
 
         Few enough to stay loaded together, which all levels of a sweep would not.
         """
-        bundles = list(dict.fromkeys(item.bundle for item in self.configurations))
-        of_bundle = {bundle: [item for item in self.configurations if item.bundle == bundle] for bundle in bundles}
-        dense = next((bundle for bundle in bundles if of_bundle[bundle][0].manifest.is_dense), None)
-        others = [bundle for bundle in bundles if bundle != dense]
-        baseline = of_bundle[dense] if dense else []
-        return [baseline + of_bundle[bundle] for bundle in others] or [baseline]
+        of_bundle: dict[Path, list[Configuration]] = {}
+        for item in self.configurations:
+            of_bundle.setdefault(item.bundle, []).append(item)
+        dense = {bundle: items[0].manifest for bundle, items in of_bundle.items() if items[0].manifest.is_dense}
+        first = next(iter(dense), None)
+        groups = []
+        for bundle, items in of_bundle.items():
+            baseline = baseline_of(items[0].manifest, dense.values())
+            # A dense model that is its own baseline is timed beside the first one.
+            beside = next((other for other in dense if dense[other] is baseline and other != bundle), first)
+            if bundle != first:
+                groups.append((of_bundle[beside] if beside is not None else []) + items)
+        return groups or list(of_bundle.values())
 
     def _round_names(self, group: list[Configuration]) -> list[str]:
         """The rounds of a level; the dense row's samples are told apart by them."""

@@ -12,6 +12,7 @@ import numpy as np
 from owl_deploy.bench.measure import Bench
 from owl_deploy.bench.rows import Continuation, Row, Samples, Spread
 from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.bundle.names import precision_of
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.machine.description import Machine
@@ -31,19 +32,18 @@ def make_rows(bench: Bench, workload: Workload, machine: Machine) -> list[Row]:
         _row(item, workload, machine, error=bench.error(item), setup=bench.setup(item) or {}, rounds=samples)
         for item, samples in zip(bench.configurations, rounds, strict=True)
     ]
-    dense: dict[str, Rounds] = {}
-    fp32: list[Rounds] = []  # rounding weights is a saving of its own, not what sparsity is measured against
-    for row, samples in zip(rows, rounds, strict=True):
-        if row.is_dense and samples:
-            dense.setdefault(row.engine, samples)
-            fp32 += [samples] if row.weights == "fp32" else []
-    fastest = min(fp32, key=_decode_ms, default={})
-    fastest_of_any = min(dense.values(), key=_decode_ms, default={})
+    timed = [(row, samples) for row, samples in zip(rows, rounds, strict=True) if row.is_dense and samples]
     exact = {row.bundle: samples for row, samples in zip(rows, rounds, strict=True) if row.engine == _REFERENCE}
     for row, samples in zip(rows, rounds, strict=True):
-        row.speedup_same_engine_spread = same = _speedup(dense.get(row.engine, {}), samples)
-        row.speedup_fastest_dense_spread = over_fastest = _speedup(fastest, samples)
-        row.speedup_any_precision_spread = over_any = _speedup(fastest_of_any, samples)
+        baseline = baseline_of(row, (other for other, _ in timed))
+        dense = [pair for pair in timed if baseline is not None and pair[0].bundle == baseline.bundle]
+        own = next((there for other, there in dense if other.engine == row.engine), {})
+        # Rounding weights is a saving of its own, not what sparsity is measured against.
+        fp32 = min((there for other, there in dense if other.weights == "fp32"), key=_decode_ms, default={})
+        fastest = min((there for _, there in dense), key=_decode_ms, default={})
+        row.speedup_same_engine_spread = same = _speedup(own, samples)
+        row.speedup_fastest_dense_spread = over_fastest = _speedup(fp32, samples)
+        row.speedup_any_precision_spread = over_any = _speedup(fastest, samples)
         row.speedup_same_engine = same.median if same else None
         row.speedup_fastest_dense = over_fastest.median if over_fastest else None
         row.speedup_any_precision = over_any.median if over_any else None
@@ -67,6 +67,9 @@ def _row(
         status="ok" if error is None and rounds else "failed",
         error=error,
         model=item.manifest.model,
+        checkpoint_sha256=item.manifest.checkpoint_sha256,
+        base_sha256=item.manifest.base_sha256,
+        architecture=item.manifest.architecture,
         method=item.manifest.method,
         allocation=item.manifest.allocation,
         bundle=str(item.bundle),
@@ -120,6 +123,7 @@ def _row(
             "samples_ms": Samples(
                 ttft=[entry["ttft_ms"] for entry in rounds.values()],
                 decode=[entry["decode_ms"] for entry in rounds.values()],
+                rounds=list(rounds),
             ),
         }
     )

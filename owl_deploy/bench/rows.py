@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from owl_deploy.files import write_text
 from owl_deploy.machine.description import Machine
 from owl_deploy.records import Record
 
-SCHEMA_VERSION = 2  # 1 had no batches, confidence intervals, continuations, energy or end-to-end times
+SCHEMA_VERSION = 3  # 2 had no hashes, architecture or names of rounds; 1 no batches, confidence intervals or energy
 RESULTS = "results.jsonl"
 WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
 
@@ -61,6 +61,8 @@ class Samples(Record):
     """Time to first token: one sample per round."""
     decode: list[list[float]] = Field(default_factory=list)
     """Of each round, one sample per token after the first."""
+    rounds: list[str] = Field(default_factory=list)
+    """The round's name: rows of one run that share it were timed side by side."""
 
 
 class Row(Record):
@@ -79,6 +81,12 @@ class Row(Record):
     """The version that measured."""
     model: str
     """As the user named it to `prune` or `export`: a hub id or a path."""
+    checkpoint_sha256: str | None = None
+    """Of the checkpoint that was exported: its config and weights."""
+    base_sha256: str | None = None
+    """Of the model that the checkpoint was pruned from; null where owl-deploy did not prune it."""
+    architecture: str | None = None
+    """The model's class and sizes: rows of equal architecture are compared."""
     method: str | None = None
     """How the checkpoint was pruned; null where owl-deploy did not prune it."""
     allocation: str | None = None
@@ -187,15 +195,34 @@ class Row(Record):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Equal for rows of which the later one takes the earlier one's place: same measurement, same machine."""
+        """Equal for two measurements of the same: one checkpoint in one graph, one workload, one machine.
+
+        Older versions did not record the checkpoint: of their rows the bundle's path stands for it. The size tells
+        graphs of one flavor apart whose vocabulary is stored in another format.
+        """
+        return (self.checkpoint_sha256 or self.bundle, self.file_bytes, *self._setting)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """The same by the bundle's path, whatever lies there: within one directory of results it names one row."""
+        return (self.bundle, *self._setting)
+
+    @property
+    def _setting(self) -> tuple[object, ...]:
         workload = (self.threads, self.batch, self.prompt_tokens, self.new_tokens)
-        return (self.model, self.engine, self.bundle, self.flavor, *workload, self.machine.cpu, self.machine.cores)
+        return (self.model, self.engine, self.flavor, *workload, self.machine.cpu, self.machine.cores)
 
 
 def merged(results: Iterable[Iterable[Row]]) -> list[Row]:
     """The rows of several results in their order, each identity once: as in the last result that has it."""
     rows = {row.identity: row for result in results for row in result}
     return list(rows.values())
+
+
+def updated(kept: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows of one directory of results: those that were kept, but for what is in `rows` of the same place."""
+    places = {row.place for row in rows}
+    return merged([[row for row in kept if row.place not in places], rows])
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -17,7 +17,7 @@ from owl_deploy.bench.log import MEASUREMENTS, Log
 from owl_deploy.bench.measure import Bench
 from owl_deploy.bench.processes import Processes
 from owl_deploy.bench.results import make_rows
-from owl_deploy.bench.rows import RESULTS, Row, merged, read_rows, write_rows
+from owl_deploy.bench.rows import RESULTS, Row, read_rows, updated, write_rows
 from owl_deploy.bench.workload import Configuration, Workload
 from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
 from owl_deploy.bundle.names import Flavor, weights_of
@@ -115,7 +115,7 @@ def bench_bundles(
                 )
                 bench.run()
             rows += make_rows(bench, workload, machine)
-            write_rows(out / RESULTS, merged([known, rows]))
+            write_rows(out / RESULTS, updated(known, rows))
     return rows
 
 

@@ -82,14 +82,18 @@ class BundleManifest(Record):
 
     Attributes:
         parity_text: what the graphs were compared on: the packaged passage, or random ids without a tokenizer.
+        base_sha256: of the model that `prune` made the checkpoint from; null for one that owl-deploy did not prune.
         frame_sha256: of the config and of all weights but those of the blocks' linears: what a model's levels share.
+        architecture: class and sizes: equal for models that take the same time when they are equally sparse.
     """
 
     schema_version: int = 1
     model: str
     checkpoint_sha256: str
+    base_sha256: str | None = None
     frame_sha256: str | None = None
     family: str
+    architecture: str | None = None
     method: str | None
     allocation: str | None
     sparsity_asked: float | None

@@ -35,7 +35,7 @@ from owl_deploy.export.graphs.standard import write_standard
 from owl_deploy.export.peers.registry import write_peer
 from owl_deploy.export.verify.parity import check_parity
 from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
-from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
+from owl_deploy.models.load import architecture, context_length, load_config, load_model, load_tokenizer
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.manifest import read_manifest
@@ -129,8 +129,10 @@ def export_checkpoint(
             manifest = BundleManifest(
                 model=pruned.model if pruned else name or source.name,
                 checkpoint_sha256=checkpoint_sha256,
+                base_sha256=pruned.model_sha256 if pruned else None,
                 frame_sha256=dense.frame_sha256,
                 family=type(model).__name__,
+                architecture=architecture(model),
                 method=str(pruned.plan["method"]) if pruned else None,
                 allocation=str(pruned.plan["allocation"]) if pruned else None,
                 sparsity_asked=pruned.sparsity_asked if pruned else None,

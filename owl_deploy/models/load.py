@@ -218,3 +218,12 @@ def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence the model was made for, in tokens; None when its config names no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """The model's class and sizes, in words: equal for a model and what was pruned or trained further from it."""
+    config = model.config.get_text_config()
+    return (
+        f"{type(model).__name__}, blocks: {config.num_hidden_layers}, hidden size: {config.hidden_size}, "
+        f"heads: {config.num_attention_heads}, vocabulary: {config.vocab_size}"
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from owl_deploy.bench.rows import Row
 from owl_deploy.formatting import enumeration, number, percent, size
 from owl_deploy.machine.description import Machine
-from owl_deploy.report.series import model_name
+from owl_deploy.report.series import short_names
 
 _ROUNDS = (
     "Rounds are interleaved: each times every engine at one sparsity and again on the dense model, so that a slow "
@@ -44,7 +44,7 @@ def method(rows: Sequence[Row]) -> str:
 def conditions(rows: Sequence[Row]) -> list[str]:
     """One line per condition, without markup."""
     return [
-        f"Workload: {_distinct(rows, _workload)}",
+        f"Workload: {_workloads(rows)}",
         *_rounds(rows),
         *_machines(rows),
         *_load(rows),
@@ -54,10 +54,14 @@ def conditions(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _workload(row: Row) -> str:
-    return (
-        f"{model_name(row)}, {row.prompt_tokens} prompt tokens and {row.new_tokens} new ones, batch {row.batch}, "
-        f"threads: {row.threads}"
+def _workloads(rows: Sequence[Row]) -> str:
+    names = short_names(row.model for row in rows)
+    return _distinct(
+        rows,
+        lambda row: (
+            f"{names[row.model]}, {row.prompt_tokens} prompt tokens and {row.new_tokens} new ones, batch {row.batch}, "
+            f"threads: {row.threads}"
+        ),
     )
 
 

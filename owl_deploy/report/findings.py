@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from owl_deploy.bench.rows import Row, Spread
+from owl_deploy.bench.rows import Row
 from owl_deploy.formatting import enumeration, number, one_line, perplexity_text, size
-from owl_deploy.report.series import Series, by_series, dense_references, same_workload
+from owl_deploy.report.series import Series, by_series, dense_references
 from owl_deploy.report.tables import UNSTEADY_MARK
-from owl_deploy.report.text import ratio
+from owl_deploy.report.text import Verdict, ratio, verdict
 
 _ERROR_CHARACTERS = 200
 _LEAK = 0.05  # of the peak: resident memory that grew by more between the first round and the last
 
-Verdict = Literal["faster", "slower", "no different"]
-
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """A sentence or two per finding: speed by engine, perplexity, and what not to rely on.
+    """A sentence or two per finding on the rows of one workload: speed, perplexity, and what not to rely on.
 
     `**` is around what is to stand out; nothing else is markup, and names and errors are as they came.
     """
@@ -40,14 +37,6 @@ def findings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def verdict(speedup: float, spread: Spread | None) -> Verdict:
-    """A difference counts only if the whole spread lies on one side of 1."""
-    low, high = (spread.low, spread.high) if spread else (speedup, speedup)
-    if low > 1:
-        return "faster"
-    return "slower" if high < 1 else "no different"
-
-
 def _speed(series: Series, rows: Sequence[Row]) -> str:
     """How the engine's sparse rows compare with its own dense row, and with the fastest dense row of all."""
     sentences = [_against_own_dense(series), _against_fastest(series, rows, _EXACT)]
@@ -60,14 +49,15 @@ def _against_own_dense(series: Series) -> str:
     compared = [(row, speedup) for row in series.sparse if (speedup := row.speedup_same_engine) is not None]
     if not compared:
         return "it has no dense row of its own."
+    dense = f"the dense {series.dense_model} in the same engine" if series.dense_model else "its own dense model"
     best, speedup = max(compared, key=lambda pair: (_verdict(*pair) == "faster", pair[1]))
     figure = f"{ratio(speedup, best.speedup_same_engine_spread)} at {series.label(best)} sparsity"
     if best.paper_speedup is not None:
         figure += f" (in the paper {ratio(best.paper_speedup)})"
     if _verdict(best, speedup) == "faster":
-        headline = f"sparse decode reaches {figure} over its own dense model"
+        headline = f"sparse decode reaches {figure} over {dense}"
     else:
-        headline = f"sparsity gains nothing over its own dense model: {figure} at best"
+        headline = f"sparsity gains nothing over {dense}: {figure} at best"
     return f"{headline}. {_verdicts(series, compared)}"
 
 
@@ -105,9 +95,7 @@ class _Fastest:
 
         It cannot where rows of several runs stand together, each run with a dense row of its own.
         """
-        found = [
-            row for row in dense_references(rows, self.field) if series.rows and same_workload(row, series.rows[0])
-        ]
+        found = dense_references(rows, self.field)
         if len(found) != 1 or found[0] in series.rows:
             return None
         return next(one.name for one in by_series(rows) if found[0] in one.rows)
@@ -137,7 +125,7 @@ def _perplexities(series: Sequence[Series]) -> list[str]:
     for one in series:
         if any(row.perplexity is not None for row in one.sparse):
             growths.setdefault(_growth(one), []).append(one.name)
-        elif one.dense is not None and one.dense.perplexity is not None:
+        elif one.dense is not None and one.dense_model is None and one.dense.perplexity is not None:
             only_dense.setdefault(perplexity_text(one.dense.perplexity), []).append(one.name)
     if not growths and not only_dense:
         return ["Perplexity was not measured: the bundle has no tokenizer, or no text was given."]

@@ -19,7 +19,7 @@ from owl_deploy.files import write_text
 from owl_deploy.formatting import MISSING, escaped, number, one_line, percent, perplexity_text, size
 from owl_deploy.machine.description import Machine
 from owl_deploy.paper.speedups import PAPER_SETTING
-from owl_deploy.report.series import Series, by_series, dense_references, workload_of
+from owl_deploy.report.series import Series, by_series, by_workload, dense_references
 from owl_deploy.report.text import ratio
 
 UNSTEADY_MARK, WIDE_MARK = "†", "‡"
@@ -126,6 +126,7 @@ COLUMNS = (
 
 _CSV_ONLY = (
     *("status", "error", "unsteady", "repeatable", "model", "method", "allocation", "bundle"),
+    *("checkpoint_sha256", "base_sha256", "architecture"),
     *("threads", "prompt_tokens", "new_tokens", "repetitions"),
     *("perplexity_text", "perplexity_windows", "load_ms", "rss_growth_bytes", "load_average", "other_load_cores"),
     *("parity.reference", "parity.positions", "parity.positions_with_past", "parity.max_abs_difference"),
@@ -185,8 +186,10 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     notes = []
     if any(row.speedup_same_engine_spread or row.speedup_fastest_dense_spread for row in rows):
         notes.append("Speed-ups: median of rounds (slowest–fastest round); below 1x the row is slower.")
-    if len(dense_references(rows, "speedup_fastest_dense")) > len({workload_of(row) for row in rows}):
-        notes.append("These rows are of several runs: a speed-up is over a dense row of its own run.")
+    if len(dense_references(rows, "speedup_fastest_dense")) > len(by_workload(rows)):
+        notes.append(
+            "These rows are of several runs or models: a speed-up is over a dense row of its own run and model."
+        )
     if any(row.paper_speedup is not None for row in rows):
         notes.append(f"Paper's Table 8: {PAPER_SETTING}.")
     if any(spread.is_wide for row in rows for spread in _spreads(row)):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from owl_deploy.bench.rows import Spread
 from owl_deploy.formatting import MISSING
+
+Verdict = Literal["faster", "slower", "no different"]
 
 
 def ratio(value: float | None, spread: Spread | None = None) -> str:
@@ -12,3 +16,11 @@ def ratio(value: float | None, spread: Spread | None = None) -> str:
         return MISSING
     rounds = f" ({spread.low:.2f}–{spread.high:.2f})" if spread else ""
     return f"{value:.2f}x{rounds}"
+
+
+def verdict(speedup: float, spread: Spread | None) -> Verdict:
+    """A difference counts only if the whole spread lies on one side of 1."""
+    low, high = (spread.low, spread.high) if spread else (speedup, speedup)
+    if low > 1:
+        return "faster"
+    return "slower" if high < 1 else "no different"

@@ -17,6 +17,7 @@ from owl_deploy.report.plots import plot_pareto, plot_speedup
 from owl_deploy.report.series import by_workload, model_names
 from owl_deploy.report.tables import markdown_table, write_csv
 from owl_deploy.report.templates import template
+from owl_deploy.report.verdict import verdict_on
 
 REPORT = "report.md"
 PAGE = "report.html"
@@ -68,7 +69,10 @@ def _fronts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def _markdown(rows: Sequence[Row], fronts: Sequence[tuple[str, str]], command: str) -> str:
     return template("report.md.j2", escaped=escaped).render(
         model=model_names(rows),
-        parts=[(name, findings(here), markdown_table(here)) for name, here in by_workload(rows).items()],
+        parts=[
+            (name, [*verdict_on(here), *findings(here)], markdown_table(here))
+            for name, here in by_workload(rows).items()
+        ],
         fronts=fronts,
         method=method(rows),
         conditions=conditions(rows),

@@ -21,7 +21,7 @@ from owl_deploy.formatting import number, percent, size
 from owl_deploy.paper.speedups import PAPER_SETTING
 from owl_deploy.plotting import COLOURS
 from owl_deploy.report.conditions import conditions, method
-from owl_deploy.report.findings import Verdict, findings, verdict
+from owl_deploy.report.findings import findings
 from owl_deploy.report.page.charts import Chart, Strip, indices, marker_path, pareto_chart, speedup_chart, strip
 from owl_deploy.report.page.memory import MemoryFigures, memory_figures
 from owl_deploy.report.pareto import front_text
@@ -29,7 +29,8 @@ from owl_deploy.report.plots import styles
 from owl_deploy.report.series import Series, by_series, by_workload, model_names, sparsity_label
 from owl_deploy.report.tables import CSV_FIELDS, Column, footnotes, shown_columns, split_cell, value_at
 from owl_deploy.report.templates import template
-from owl_deploy.report.text import ratio
+from owl_deploy.report.text import Verdict, ratio, verdict
+from owl_deploy.report.verdict import verdict_on
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 _VERDICTS: dict[Verdict, str] = {"faster": "▲", "slower": "▼", "no different": "≈"}
@@ -155,7 +156,7 @@ def _panel(name: str, rows: Sequence[Row]) -> Panel:
     charts = (speedup_chart(rows, "speedup_same_engine"), speedup_chart(rows, "speedup_fastest_dense"))
     return Panel(
         name=name,
-        findings=findings(rows),
+        findings=[*verdict_on(rows), *findings(rows)],
         columns=[one.name for one in compared],
         table=_speedups(compared),
         speedups=[chart for chart in charts if chart is not None],
