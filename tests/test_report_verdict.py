@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from owl_deploy.bench.rows import RESULTS, Row, Samples, read_rows
 from owl_deploy.report.findings import findings
@@ -14,7 +17,7 @@ from owl_deploy.report.tables import markdown_table
 from owl_deploy.report.verdict import verdict_on
 from owl_deploy.report.write import write_report
 
-from .conftest import RunCli
+from .conftest import RunCli, TinyModel
 from .test_report import MACHINE, make_dense, make_failed, make_row, results_file
 
 SHAPE = {"architecture": "LlamaForCausalLM, blocks: 30"}
@@ -167,3 +170,42 @@ def test_the_terminal_ends_with_the_verdict_unless_asked_to_be_quiet(tmp_path: P
     assert run_cli("report", results, "-o", tmp_path / "out", "--quiet").stdout == ""
     assert "Sparse pays" not in run_cli("report", results, "-o", tmp_path / "out", "--json").stdout
     assert len(read_rows(tmp_path / "out" / RESULTS)) == 2
+
+
+# -------------------- from checkpoints to the verdict
+
+
+def trained_further(checkpoint: Path, out: Path) -> Path:
+    """As another tool leaves it: half of each block linear's weights zero, the others changed, no `pruning.json`."""
+    shutil.copytree(checkpoint, out)
+    tensors = load_file(out / "model.safetensors")
+    for name, weight in tensors.items():
+        if "layers." in name and weight.ndim == 2:
+            weight[:, ::2] = 0
+            weight *= 1.01
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_a_model_that_another_tool_trained_further_is_compared_with_its_dense_one(
+    tmp_path: Path, tiny_model: TinyModel, run_cli: RunCli
+) -> None:
+    base, deeper = tiny_model("llama"), tiny_model("llama", num_hidden_layers=5)
+    checkpoints = {"deeper": deeper, "smol": base, "smol-50-recovered": trained_further(base, tmp_path / "trained")}
+    for name, checkpoint in checkpoints.items():
+        assert run_cli("export", shutil.copytree(checkpoint, tmp_path / name), "-o", tmp_path / f"b-{name}").code == 0
+    bundles = [tmp_path / f"b-{name}" for name in checkpoints]
+    workload = ("--prompt", 8, "--new-tokens", 4, "--threads", 1, "--max-load", 99, "--repetitions", 2)
+    ran = run_cli("bench", *bundles, "-o", tmp_path / "out", *workload, "--json")
+    assert ran.code == 0
+    rows = {Path(row.model).name: row for row in map(Row.model_validate_json, ran.stdout.splitlines())}
+    assert rows["smol"].speedup_same_engine == rows["deeper"].speedup_same_engine == 1
+    shared = set(rows["smol"].samples_ms.rounds) & set(rows["smol-50-recovered"].samples_ms.rounds)
+    dense, sparse = (
+        [statistics.median(row.samples_ms.decode[row.samples_ms.rounds.index(name)]) for name in sorted(shared)]
+        for row in (rows["smol"], rows["smol-50-recovered"])
+    )
+    expected = statistics.median(there / here for there, here in zip(dense, sparse, strict=True))
+    assert rows["smol-50-recovered"].speedup_same_engine == pytest.approx(expected)
+    pictures = {name: {row.model for row in here} for name, here in by_workload(list(rows.values())).items()}
+    assert {name: len(models) for name, models in pictures.items()} == {"deeper": 1, "smol and smol-50-recovered": 2}

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from owl_deploy.bench.rows import WIDE, Row, Spread
 from owl_deploy.files import write_text
-from owl_deploy.formatting import MISSING, escaped, number, one_line, percent, perplexity_text, size
+from owl_deploy.formatting import MISSING, number, one_line, percent, perplexity_text, size
+from owl_deploy.grid import Grid, Heading
 from owl_deploy.machine.description import Machine
 from owl_deploy.paper.speedups import PAPER_SETTING
 from owl_deploy.report.series import Series, by_series, by_workload, dense_references
@@ -145,27 +144,26 @@ def shown_columns(rows: Sequence[Row]) -> list[Column]:
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal, a rule between engines, footnotes below; what is in parentheses has its own line."""
-    table = Table(box=box.SIMPLE_HEAD, caption=Text("\n".join(footnotes(rows))), caption_justify="left")
-    columns = shown_columns(rows)
-    for column in columns:
-        justify: JustifyMethod = "left" if column.is_text else "right"
-        table.add_column(column.title, justify=justify, no_wrap=column.is_text, overflow="fold")
-    for series in by_series(rows):
-        for row in series.rows:
-            cells = (column.text(series, row) for column in columns)
-            table.add_row(*(Text("\n(".join(split_cell(cell))) for cell in cells))
-        table.add_section()
+    grid = _grid(rows, lambda cell: "\n(".join(split_cell(cell)))
+    table = grid.on_terminal()
+    table.caption, table.caption_justify = Text("\n".join(footnotes(rows))), "left"
     return table
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, footnotes below."""
+    return f"{_grid(rows, str).in_markdown()}\n" + "".join(f"\n{note}\n" for note in footnotes(rows))
+
+
+def _grid(rows: Sequence[Row], shown: Callable[[str], str]) -> Grid:
     columns = shown_columns(rows)
-    lines = [[column.title for column in columns], [":--" if column.is_text else "--:" for column in columns]]
-    for series in by_series(rows):
-        lines += [[escaped(column.text(series, row)) for column in columns] for row in series.rows]
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return table + "".join(f"\n{note}\n" for note in footnotes(rows))
+    return Grid(
+        [Heading(column.title, column.is_text) for column in columns],
+        [
+            [[shown(column.text(series, row)) for column in columns] for row in series.rows]
+            for series in by_series(rows)
+        ],
+    )
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

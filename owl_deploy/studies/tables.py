@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from owl_deploy.formatting import MISSING, escaped, percent, perplexity_text
+from owl_deploy.formatting import MISSING, percent, perplexity_text
+from owl_deploy.grid import Grid, Heading
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,13 @@ def terminal_tables(tables: Sequence[Table]) -> RenderableType:
     """All tables with their notes."""
     parts: list[RenderableType] = []
     for table in tables:
-        shown = RichTable(box=box.SIMPLE_HEAD, title=Text(table.title, style="bold"), title_justify="left")
-        for column in table.columns:
-            justify = "left" if column.is_text else "right"
-            shown.add_column(Text(column.title), justify=justify, no_wrap=column.is_text, overflow="fold")  # type: ignore[arg-type]
-        for section in table.sections:
-            for row in section:
-                shown.add_row(*(Text(cell) for cell in _cells(table, row)))
-            shown.add_section()
-        parts += [shown, *(Text(note) for note in table.notes)]
+        parts += [_grid(table).on_terminal(table.title), *(Text(note) for note in table.notes)]
     return Group(*parts)
 
 
 def markdown_table(table: Table) -> str:
     """One table with its heading and notes."""
-    lines = [
-        [column.title for column in table.columns],
-        [":--" if column.is_text else "--:" for column in table.columns],
-        *([escaped(cell) for cell in _cells(table, row)] for section in table.sections for row in section),
-    ]
-    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([f"## {table.title}", rows, *table.notes])
+    return "\n\n".join([f"## {table.title}", _grid(table).in_markdown(), *table.notes])
 
 
 def csv_text(table: Table) -> str:
@@ -98,6 +83,13 @@ def csv_text(table: Table) -> str:
     writer.writerow([column.field for column in table.columns])
     writer.writerows(row for section in table.sections for row in section)
     return buffer.getvalue()
+
+
+def _grid(table: Table) -> Grid:
+    return Grid(
+        [Heading(column.title, column.is_text) for column in table.columns],
+        [[_cells(table, row) for row in section] for section in table.sections],
+    )
 
 
 def _cells(table: Table, row: Sequence[object]) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from owl_deploy.formatting import MISSING, escaped, number, one_line, percent
+from owl_deploy.formatting import MISSING, escaped, number, percent
+from owl_deploy.grid import Grid, Heading
 from owl_deploy.roofline.records import FlavorFigures, KindFigures, MatrixFigures, Roofline
 
 Cells = tuple[str, ...]
@@ -24,11 +23,11 @@ _TEXT_COLUMNS = {"kind", "matrix", "format", "rows x columns", "set read"}
 
 def terminal_tables(roofline: Roofline, *, matrices: bool) -> RenderableType:
     """The bandwidth, a table for each flavor, and notes; with `matrices` also a line for every matrix."""
-    parts: list[RenderableType] = [_terminal_table("read bandwidth, GB/s", *_bandwidth_table(roofline))]
+    parts: list[RenderableType] = [_grid(*_bandwidth_table(roofline)).on_terminal("read bandwidth, GB/s")]
     for flavor in roofline.flavors:
-        parts.append(_terminal_table(_title(flavor, roofline), _KIND_COLUMNS, _sections(flavor)))
+        parts.append(_grid(_KIND_COLUMNS, _sections(flavor)).on_terminal(_title(flavor, roofline)))
         if matrices:
-            parts.append(_terminal_table(f"{flavor.flavor}: every matrix", _MATRIX_COLUMNS, [_each(flavor)]))
+            parts.append(_grid(_MATRIX_COLUMNS, [_each(flavor)]).on_terminal(f"{flavor.flavor}: every matrix"))
     parts += [Text(note) for note in notes(roofline)]
     return Group(*parts)
 
@@ -42,12 +41,12 @@ def markdown(roofline: Roofline, *, matrices: bool, plot: str) -> str:
         f"{roofline.past}.",
         f"![Lowest possible and measured time of a token]({plot})",
         "## Read bandwidth, GB/s",
-        _markdown_table(*_bandwidth_table(roofline)),
+        _grid(*_bandwidth_table(roofline)).in_markdown(),
     ]
     for flavor in roofline.flavors:
-        parts += [f"## {_title(flavor, roofline)}", _markdown_table(_KIND_COLUMNS, _sections(flavor))]
+        parts += [f"## {_title(flavor, roofline)}", _grid(_KIND_COLUMNS, _sections(flavor)).in_markdown()]
         if matrices:
-            parts += ["### Every matrix", _markdown_table(_MATRIX_COLUMNS, [_each(flavor)])]
+            parts += ["### Every matrix", _grid(_MATRIX_COLUMNS, [_each(flavor)]).in_markdown()]
     return "\n\n".join([*parts, *(f"- {note}" for note in notes(roofline))]) + "\n"
 
 
@@ -159,20 +158,5 @@ def _figure_cells(one: KindFigures | MatrixFigures) -> Cells:
     return number(one.bytes / 1e6), number(one.floor_ms), number(one.measured_ms), number(one.gb_s), share
 
 
-def _terminal_table(title: str, columns: Sequence[str], sections: Sequence[Sequence[Cells]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold"), title_justify="left")
-    for column in columns:
-        is_text = column in _TEXT_COLUMNS
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text, overflow="fold")
-    for section in sections:
-        for cells in section:
-            table.add_row(*(Text(cell) for cell in cells))
-        table.add_section()
-    return table
-
-
-def _markdown_table(columns: Sequence[str], sections: Sequence[Sequence[Cells]]) -> str:
-    rules = [":--" if column in _TEXT_COLUMNS else "--:" for column in columns]
-    rows = [cells for section in sections for cells in section]
-    lines = [list(columns), rules, *([escaped(one_line(cell, 200)) for cell in cells] for cells in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _grid(columns: Sequence[str], sections: Sequence[Sequence[Cells]]) -> Grid:
+    return Grid([Heading(column, column in _TEXT_COLUMNS) for column in columns], sections)
