@@ -8,16 +8,19 @@ import shutil
 import statistics
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from owl_deploy.bench import checks, measure
 from owl_deploy.bench.rows import Row, read_rows
+from owl_deploy.bench.workload import Configuration
 from owl_deploy.bundle.expected import EXPECTED, read_expected, write_expected
+from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import ENGINES, engine_spec, named_engines
-from owl_deploy.errors import UserError
+from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.export.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.sparse import library
@@ -248,6 +251,9 @@ def test_a_condition_fails_the_run_and_leaves_its_results(
     assert rows_of(met)[0]["status"] == "ok"
     assert run_cli(*run, "--fail-if", 'decode_ms["onnxruntime"]@0 < 0').code == 0
     assert run_cli(*run, "--fail-if", 'decode_ms["onnxruntime"]@0.4 < 0').code == 2
+    untold = run_cli(*run, "--fail-if", 'perplexity["onnxruntime"]@0 > 100')
+    assert untold.code == 1
+    assert 'it cannot be told: perplexity["onnxruntime"]@0 was not measured' in untold.stderr
 
 
 def test_from_text_to_text_is_longer_than_its_parts(tiny_with_tokenizer: Path, tmp_path: Path, run_cli: RunCli) -> None:
@@ -423,6 +429,36 @@ def test_ours_too_are_checked_on_the_machine_that_measures(
     assert "export the model again" in rows_of(ran)[0]["error"]
 
 
+def test_an_engine_that_others_are_compared_with_is_checked_first(
+    tiny_llama: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    """torch is compared with ONNX Runtime, which computes something else here than at export."""
+    bundle = tmp_path / "bundle"
+    export_checkpoint(tiny_llama, bundle, ("genai", "torch"))
+    kept = read_expected(bundle / "genai")
+    assert kept is not None
+    write_expected(bundle / "genai", kept.ids, np.ones((len(kept.ids), kept.logits.shape[1]), np.float32), decoded=16)
+    _say_what_is_there(bundle, bundle / "genai" / EXPECTED)
+    ran = run_cli(
+        *("bench", bundle, "--engines", "torch", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
+    )
+    assert ran.code == 1
+    (row,) = rows_of(ran)
+    assert f"onnxruntime {bundle}: logits differ" in row["error"]
+    assert row["samples_ms"]["decode"] == []
+
+
+def test_logits_of_too_few_positions_are_no_match(out: Path, swept: list[dict[str, Any]]) -> None:
+    assert swept
+    bundle = out / "0" / "bundle"
+    item = Configuration(engine_spec("onnxruntime"), bundle, read_bundle(bundle), "genai")
+    check = checks.ParityCheck([item], MagicMock(), running=MagicMock(), has_failed=MagicMock(), timeout_s=1)
+    process = MagicMock()
+    process.logits.return_value = np.zeros((1, 128), np.float32), np.zeros((16, 128), np.float32)
+    with pytest.raises(CheckFailed, match=r"in shape: \(1, 128\), \(16, 128\) for 64 tokens"):
+        check.of(item, process)
+
+
 def _say_what_is_there(bundle: Path, file: Path) -> None:
     """Bring `bundle.json` up to date with a file of it that was changed or deleted."""
     manifest = json.loads((bundle / "bundle.json").read_text())
@@ -443,6 +479,42 @@ def test_other_kernels_are_other_measurements(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(library, "_PATH", rebuilt)
     assert sparse.what_runs() not in (first, chosen)
     assert engine_spec("onnxruntime").what_runs() == engine_spec("onnxruntime").what_runs()
+
+
+def test_settings_of_an_engines_libraries_make_other_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = engine_spec("torch")
+    first = torch.what_runs()
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # which the engine's process is given anyway
+    assert torch.what_runs() == first
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert torch.what_runs() != first
+
+
+def test_a_bundle_with_one_format_is_measured_in_it_and_again_with_other_kernels(
+    tiny_llama: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        slowest = library.instruction_sets()[-1]
+    except UserError as error:
+        pytest.skip(str(error))
+    bundle, out = tmp_path / "bundle", tmp_path / "out"
+    export_checkpoint(tiny_llama, bundle, ("sparse-int8",))
+    run = ("bench", bundle, "--engines", "sparse", "-o", out, *WORKLOAD, "--repetitions", 1, "--json")
+
+    def measured() -> int:
+        ran = run_cli(*run)
+        assert ran.code == 0, ran.stderr
+        (row,) = rows_of(ran)
+        assert row["engine"] == "sparse-int8"
+        assert row["parity"]["reference"] == "torch"
+        return len((out / "measurements.jsonl").read_text().splitlines())
+
+    assert [measured(), measured()] == [2, 2]
+    monkeypatch.setenv("OWL_DEPLOY_KERNELS", slowest)
+    assert [measured(), measured()] == [4, 4]
+    named = run_cli(*run, "--engines", "sparse-packed16")
+    assert named.code == 2
+    assert "sparse-packed16, which no bundle holds" in named.stderr
 
 
 def test_a_group_of_engines_is_those_whose_graphs_are_there() -> None:

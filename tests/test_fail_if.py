@@ -69,7 +69,7 @@ ROWS = [
     ],
 )
 def test_a_condition_is_read_as_it_is_written(text: str, holds: bool) -> None:
-    assert parse_condition(text).holds(ROWS) is holds
+    assert (parse_condition(text).failure(ROWS) is not None) is holds
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,36 @@ def test_anything_else_is_refused_before_anything_is_measured(
 
 def test_a_condition_on_a_row_that_is_not_there_is_a_mistake() -> None:
     with pytest.raises(UserError, match=r"no row of 'sparse' at 0\.5; there are broken@0\.7"):
-        parse_condition('speedup["sparse"]@0.5 < 2').holds(ROWS)
+        parse_condition('speedup["sparse"]@0.5 < 2').failure(ROWS)
 
 
 def test_an_engine_that_is_not_measured_is_named_before_anything_is(tmp_path: Path, run_cli: RunCli) -> None:
     condition = parse_condition('speedup["sparse"]@0.7 < 2.0')
-    condition.check_engines(["onnxruntime", "sparse-int8"])
+    condition.check_names(["onnxruntime", "sparse-int8"], [0.0, 0.7])
     with pytest.raises(UserError, match=r"sparse is not measured here; name one of onnxruntime$"):
-        condition.check_engines(["onnxruntime"])
+        condition.check_names(["onnxruntime"], [0.0, 0.7])
+    with pytest.raises(UserError, match=r"nothing is measured at 0\.7; name one of 0, 0\.5$"):
+        condition.check_names(["sparse-int8"], [0.5, 0.0, 0.5])
     out = tmp_path / "out"
     ran = run_cli("bench", "--sweep", tmp_path, "-o", out, "--fail-if", 'speedup["spares-int8"]@0.7 < 2.0')
     assert ran.code == 2
     assert "spares-int8 is not measured here" in ran.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('speedup["sparse-packed32"]@0.7 < 2.0', "it holds"),
+        ('speedup["broken"]@0.7 < 1', 'it cannot be told: speedup_fastest_dense["broken"]@0.7 was not measured'),
+        ('perplexity["ruined"]@0.9 > 100', 'it cannot be told: perplexity["ruined"]@0.9 is not a number'),
+        (
+            'decode_ms["sparse-int8"]@0.7 / (1 - 1) > 1',
+            'it cannot be told: decode_ms["sparse-int8"]@0.7 / (1 - 1): float division by zero',
+        ),
+        ("1e999 - 1e999 < 0", "it cannot be told: 1e309 - 1e309 is not a number"),
+        (f"{10**400} * 2 < 0", f"it cannot be told: {10**400} * 2: int too large to convert to float"),
+    ],
+)
+def test_a_condition_says_why_it_fails_the_run(text: str, reason: str) -> None:
+    assert parse_condition(text).failure(ROWS) == reason

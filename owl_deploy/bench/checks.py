@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,13 +15,13 @@ from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import engine_spec
-from owl_deploy.errors import UserError
+from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.export.verify.parity import REFERENCES, compare
 
 Running = Callable[[Configuration], AbstractContextManager[EngineProcess]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParityCheck:
     """Compares logits: with torch's where the export kept them for this graph, else with an engine for which it did.
 
@@ -29,6 +29,7 @@ class ParityCheck:
         configurations: all that are measured; one of them may serve as the reference of another.
         running: starts an engine, or finds it loaded.
         has_failed: whether a configuration has proved unfit as a reference.
+        sound: names of configurations that computed torch's logits here.
     """
 
     configurations: Sequence[Configuration]
@@ -36,26 +37,35 @@ class ParityCheck:
     running: Running
     has_failed: Callable[[Configuration], bool]
     timeout_s: float
+    sound: set[str] = field(default_factory=set)
 
     def of(self, item: Configuration, process: EngineProcess) -> ParityRecord:
-        """
+        """How the logits of `item`, which runs in `process`, agree.
+
         Raises:
             CheckFailed: the logits differ; what the engine is fast at is then not this model.
             UserError: there is nothing to compare with.
         """
-        expected = item.expected if item.spec.checked_at_export else None
+        expected = item.expected
         return self._with_torch(item, process, expected) if expected else self._with_engine(item, process)
 
     def _with_torch(self, item: Configuration, process: EngineProcess, expected: ExpectedLogits) -> ParityRecord:
         at_once, decoded = process.logits(expected.ids.tolist(), timeout_s=self.timeout_s)
+        if len(at_once) + len(decoded) != len(expected.ids):
+            raise CheckFailed(
+                f"{item.name}: logits differ from the checkpoint's in shape: {at_once.shape}, {decoded.shape} for "
+                f"{len(expected.ids)} tokens"
+            )
         is_at_once = expected.positions < len(at_once)
-        return compare(
+        parity = compare(
             expected.logits,
             at_once[expected.positions[is_at_once]],
             decoded[expected.positions[~is_at_once] - len(at_once)],
             what=item.name,
             reference="torch",
         )
+        self.sound.add(item.name)
+        return parity
 
     def _with_engine(self, item: Configuration, process: EngineProcess) -> ParityRecord:
         reference = self._reference(item)
@@ -64,6 +74,8 @@ class ParityCheck:
         ids = list(itertools.islice(itertools.cycle(prompt), len(prompt) + DECODED_TOKENS))
         actual = process.logits(ids, timeout_s=self.timeout_s)
         with self.running(reference) as reference_process:
+            if reference.expected and reference.name not in self.sound:
+                self._with_torch(reference, reference_process, reference.expected)
             expected = reference_process.logits(ids, timeout_s=self.timeout_s)
         return compare(
             *(np.concatenate(expected), *actual),
@@ -95,6 +107,6 @@ class ParityCheck:
         if spec == item.spec:
             raise UserError(
                 f"{item.bundle / flavor}: an older owl-deploy made it, without the logits that {item.spec.name} is "
-                "compared with; export the model again"
+                "compared with; export the model again, into another directory"
             )
         return Configuration(spec, item.bundle, manifest, flavor)

@@ -23,6 +23,7 @@ from owl_deploy.errors import UserError
 
 _SHORT = {"speedup": "speedup_fastest_dense", "ttft_ms": "ttft_ms_p50", "decode_ms": "decode_ms_p50"}
 _AT = re.compile(r"\]\s*@\s*([0-9.]+)")
+_INDEX = re.compile(r"\['([^']*)', ([0-9.]+)\]")  # as `ast.unparse` writes what `_AT` was turned into
 _TOLERANCE = 1e-6  # of a sparsity
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -46,6 +47,12 @@ class Figure:
     engine: str
     sparsity: float
 
+    def __str__(self) -> str:
+        return f'{self.field}["{self.engine}"]@{self.sparsity:g}'
+
+    def is_at(self, sparsity: float) -> bool:
+        return abs(sparsity - self.sparsity) < _TOLERANCE
+
     def rows(self, rows: Sequence[Row]) -> list[Row]:
         """Those it is read from.
 
@@ -53,7 +60,7 @@ class Figure:
             UserError: there is none.
         """
         engines = full_names(self.engine)
-        found = [row for row in rows if row.engine in engines and abs(row.sparsity - self.sparsity) < _TOLERANCE]
+        found = [row for row in rows if row.engine in engines and self.is_at(row.sparsity)]
         if not found:
             there = sorted({f"{row.engine}@{row.sparsity:g}" for row in rows})
             raise UserError(f"--fail-if: no row of {self.engine!r} at {self.sparsity:g}; there are {', '.join(there)}")
@@ -67,38 +74,45 @@ class Condition:
     text: str
     tree: ast.expr
 
-    def check_engines(self, measured: Collection[str]) -> None:
-        """
+    def check_names(self, engines: Collection[str], sparsities: Collection[float]) -> None:
+        """See before anything is measured that every figure will have a row.
+
         Raises:
-            UserError: a figure is of an engine that is not among those that will be measured.
+            UserError: a figure is of another engine or sparsity than those that will be measured.
         """
         for figure in _figures(self.tree):
-            if set(full_names(figure.engine)).isdisjoint(measured):
+            if set(full_names(figure.engine)).isdisjoint(engines):
                 raise UserError(
-                    f"--fail-if {self.text}: {figure.engine} is not measured here; name one of {', '.join(measured)}"
+                    f"--fail-if {self.text}: {figure.engine} is not measured here; name one of {', '.join(engines)}"
+                )
+            if not any(figure.is_at(sparsity) for sparsity in sparsities):
+                levels = ", ".join(f"{sparsity:g}" for sparsity in sorted(set(sparsities)))
+                raise UserError(
+                    f"--fail-if {self.text}: nothing is measured at {figure.sparsity:g}; name one of {levels}"
                 )
 
-    def holds(self, rows: Sequence[Row]) -> bool:
-        """Whether it is met for any choice of rows. What cannot be told counts as met.
+    def failure(self, rows: Sequence[Row]) -> str | None:
+        """Why the run fails: the condition is met for some choice of rows, or cannot be told; None if neither.
 
-        That is a row that failed or lacks the figure, a figure that is not a number, and a division by 0.
+        It cannot be told where a row failed or lacks the figure, a figure is not a number, or 0 is divided by.
 
         Raises:
             UserError: no row is meant by one of its figures.
         """
         figures = list(dict.fromkeys(_figures(self.tree)))
         choices = [[getattr(row, figure.field) for row in figure.rows(rows)] for figure in figures]
-        return any(self._is_met(dict(zip(figures, values, strict=True))) for values in itertools.product(*choices))
-
-    def _is_met(self, figures: dict[Figure, float | None]) -> bool:
-        try:
-            return bool(_value(self.tree, figures))
-        except _Unknown:
-            return True
+        unknown: str | None = None
+        for values in itertools.product(*choices):
+            try:
+                if _value(self.tree, dict(zip(figures, values, strict=True))):
+                    return "it holds"
+            except _Unknown as error:
+                unknown = unknown or f"it cannot be told: {error}"
+        return unknown
 
 
 class _Unknown(Exception):
-    """A part of a condition has no value."""
+    """A part of a condition has no value; the message says which and why."""
 
 
 def parse_condition(text: str) -> Condition:
@@ -133,7 +147,7 @@ def _check(text: str, node: ast.expr) -> None:
         return
     parts = _parts(node)
     if parts is None:
-        raise _refused(text, f"cannot read {ast.unparse(node)!r}")
+        raise _refused(text, f"cannot read {_shown(node)!r}")
     for part in parts:
         _check(text, part)
 
@@ -178,15 +192,11 @@ def _value(node: ast.expr, figures: dict[Figure, float | None]) -> float | bool:
     Raises:
         _Unknown: a number in it is missing, or is none.
     """
-    value = _unchecked(node, figures)
-    if value is None or math.isnan(value):
-        raise _Unknown
-    return value
-
-
-def _unchecked(node: ast.expr, figures: dict[Figure, float | None]) -> float | bool | None:
     if (figure := _figure(node)) is not None:
-        return figures[figure]
+        value = figures[figure]
+        if value is None or math.isnan(value):
+            raise _Unknown(f"{figure} {'was not measured' if value is None else 'is not a number'}")
+        return value
     match node:
         case ast.Constant(value=int() | float() as number):
             return number
@@ -194,18 +204,30 @@ def _unchecked(node: ast.expr, figures: dict[Figure, float | None]) -> float | b
             met = [bool(_value(value, figures)) for value in values]  # all of them: an unknown one decides
             return all(met) if isinstance(op, ast.And) else any(met)
         case ast.UnaryOp(op=op, operand=operand):
-            value = _value(operand, figures)
-            return not value if isinstance(op, ast.Not) else -value
+            operated = _value(operand, figures)
+            return not operated if isinstance(op, ast.Not) else -operated
         case ast.BinOp(left=left, op=op, right=right):
-            try:
-                return _ARITHMETIC[type(op)](_value(left, figures), _value(right, figures))
-            except (ZeroDivisionError, OverflowError) as error:
-                raise _Unknown from error
+            return _computed(node, type(op), _value(left, figures), _value(right, figures))
         case ast.Compare(left=left, ops=ops, comparators=others):
             compared = [_value(item, figures) for item in (left, *others)]
             pairs = itertools.pairwise(compared)
             return all(_COMPARISONS[type(op)](*pair) for op, pair in zip(ops, pairs, strict=True))
     raise AssertionError(ast.dump(node))
+
+
+def _computed(node: ast.expr, op: type[ast.operator], left: float, right: float) -> float:
+    try:
+        result = _ARITHMETIC[op](float(left), float(right))
+    except ArithmeticError as error:  # a division by 0, a number too large for a float
+        raise _Unknown(f"{_shown(node)}: {error}") from error
+    if math.isnan(result):  # of infinities
+        raise _Unknown(f"{_shown(node)} is not a number")
+    return result
+
+
+def _shown(node: ast.expr) -> str:
+    """As it would be written in a condition."""
+    return _INDEX.sub(r'["\1"]@\2', ast.unparse(node))
 
 
 def _numeric_fields() -> set[str]:

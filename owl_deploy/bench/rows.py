@@ -168,7 +168,7 @@ class Row(Record):
     repeatable: bool = True
     """Every round generated the same tokens."""
     parity: ParityRecord | None = None
-    """How the engine's logits agree: ONNX Runtime's with torch's, any other's with ONNX Runtime's."""
+    """How its logits on this machine agree with those torch computed at export, or with those of another engine."""
     continuation: Continuation | None = None
     """Its greedy tokens beside ONNX Runtime's on the same weights; null for rounded weights."""
     engine_facts: dict[str, object] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is timed: a prompt and greedy decoding, by one engine on one graph; and when two measurements may be equal."""
+"""What is timed: a prompt and greedy decoding, by one engine on one graph; and when one timing stands for another."""
 
 from __future__ import annotations
 
@@ -90,17 +90,19 @@ class Configuration:
 
     @cached_property
     def expected(self) -> ExpectedLogits | None:
-        """What the graph has to compute; None where its export kept nothing.
+        """What this engine has to compute on the graph.
+
+        None where that is for another engine to say: the export kept nothing, or kept it of another engine's graph.
 
         Raises:
             UserError: the file is damaged.
         """
-        return read_expected(self.graph.parent)
+        return read_expected(self.graph.parent) if self.spec.checked_at_export else None
 
     @property
     def tokens_to_check(self) -> int:
         """Of the longest sequence that the check runs, besides the workload's own."""
-        return len(self.expected.ids) if self.spec.checked_at_export and self.expected else 0
+        return len(self.expected.ids) if self.expected else 0
 
     def key(self, *more: str) -> str:
         """Equal for measurements that may stand for each other: same graph, engine and machine, and `more`.

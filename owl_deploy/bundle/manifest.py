@@ -53,7 +53,7 @@ class FlavorRecord(Record):
     """One graph, or what another engine runs; `source` is the exporter it came from and `note` why that one.
 
     Attributes:
-        parity, audit: null for what other engines run: `bench` compares them with ONNX Runtime.
+        parity, audit: of export; null for what other engines run. `bench` compares logits again, of every engine.
 
     A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
     is no error of the graph, and `packed` says what it is.
@@ -110,6 +110,11 @@ class BundleManifest(Record):
     def is_dense(self) -> bool:
         """No sparsity was asked of the model, and it has none to speak of."""
         return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
+
+    @property
+    def sparsity(self) -> float:
+        """As asked; as achieved where owl-deploy was not asked."""
+        return self.sparsity_achieved if self.sparsity_asked is None else self.sparsity_asked
 
 
 def read_bundle(directory: Path) -> BundleManifest:

@@ -10,7 +10,7 @@ class ParityRecord(Record):
     """Agreement of two sets of logits, position by position."""
 
     reference: str
-    """What computed the logits compared with: torch, or one of `REFERENCES`."""
+    """What computed the logits compared with: torch, at export, or one of `REFERENCES`, at the same time."""
     positions: int
     """Positions compared without a cache."""
     positions_with_past: int

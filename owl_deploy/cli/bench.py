@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -13,6 +14,9 @@ from owl_deploy.cli import options
 from owl_deploy.cli.results import show
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
+
+if TYPE_CHECKING:
+    from owl_deploy.engines.registry import EngineSpec
 
 
 def bench(
@@ -62,7 +66,7 @@ def bench(
     fail_if: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="""Exit with 1 if this holds, for CI: 'speedup["sparse-int8"]@0.7 < 2.0'. May be repeated."""
+            help="""Exit with 1 if this holds or cannot be told: 'speedup["sparse-int8"]@0.7 < 2.0'. May be repeated."""
         ),
     ] = None,
     method: options.Method = None,
@@ -88,9 +92,9 @@ def bench(
 ) -> None:
     """Time prefill and decode of every engine on every bundle, and measure the perplexity of each.
 
-    Before it is timed, each engine must compute the same logits as ONNX Runtime from the same weights. The engines take
-    turns in every round, speed-ups are ratios within a round, and results.jsonl keeps every sample. With --json, each
-    row is printed as one JSON object.
+    Before it is timed, each engine must compute the right logits on this machine: those torch computed at export, or
+    those ONNX Runtime computes from the same weights. The engines take turns in every round, speed-ups are ratios
+    within a round, and results.jsonl keeps every sample. With --json, each row is printed as one JSON object.
 
     An engine that fails becomes a row that says why. The exit code is 1 if no engine could run, or if a condition of
     --fail-if holds. Results that --output already holds stay in the report, so you can add engines, sparsities and
@@ -111,7 +115,6 @@ def bench(
     from owl_deploy.bench.run import Request, bench_bundles, first_available_text
     from owl_deploy.bench.sweep import Executor, make_levels
     from owl_deploy.bundle.manifest import read_bundle
-    from owl_deploy.engines.registry import installed_engines
     from owl_deploy.machine.threads import available_cores
     from owl_deploy.models.source import resolve_model
     from owl_deploy.pruning.levels import parse_sparsities
@@ -124,24 +127,21 @@ def bench(
         raise UserError("give either bundles to measure, or a model with --sweep")
     reporter = Reporter(quiet=quiet)
     conditions = [parse_condition(text) for text in fail_if or ()]
-    there = {flavor for bundle in bundles for flavor in read_bundle(bundle).flavors} if bundles else None
-    specs = installed_engines(engines, there)
-    only_dense = (
-        [spec for spec in installed_engines(dense_engines, there) if spec not in specs] if dense_engines else []
-    )
-    for condition in conditions:
-        condition.check_engines([spec.name for spec in (*specs, *only_dense)])
-    options.use_threads(threads)
     paths = list(bundles or ())
+    levels = [read_bundle(path).sparsity for path in paths] or parse_sparsities(sparsities)
+    specs, only_dense = _engines(engines, dense_engines, paths)
+    for condition in conditions:
+        condition.check_names([spec.name for spec in (*specs, *only_dense)], levels)
+    options.use_threads(threads)
     if sweep is not None:
         asked = {"method": method, "allocation": allocation, "owl_m": owl_m, "half_range": half_range}
         given = {name: value for name, value in asked.items() if value is not None}
         wanted = Calibration(calibration, samples, calibration_seqlen, seed)
-        levels = parse_sparsities(sparsities)
         where = Executor("ray" if executor == "ray" else "here", ray_address, threads or 1)
         paths = make_levels(
             resolve_model(sweep), output, levels, given, wanted, specs, only_dense, executor=where, reporter=reporter
         )
+        specs, only_dense = _engines(engines, dense_engines, paths)  # the family may lack some of a group's graphs
     request = Request(
         prompts=options.integers(prompt, "--prompt"),
         batches=options.integers(batch, "--batch"),
@@ -159,8 +159,22 @@ def bench(
     rows = bench_bundles(paths, [*specs, *only_dense], request, output, reporter=reporter)
     report = renew_report(output, command=shlex.join(["owl-deploy", *sys.argv[1:]]))
     show(rows, report, json=json, quiet=quiet)
-    failures = [condition.text for condition in conditions if condition.holds(rows)]
-    for text in failures:
-        typer.echo(f"--fail-if: {text}", err=True)
+    failures = [(condition.text, reason) for condition in conditions if (reason := condition.failure(rows))]
+    for condition_text, reason in failures:
+        typer.echo(f"--fail-if {condition_text}: {reason}", err=True)
     if failures or all(row.status == "failed" for row in rows):
         raise typer.Exit(1)
+
+
+def _engines(names: str, dense_names: str | None, bundles: Sequence[Path]) -> tuple[list[EngineSpec], list[EngineSpec]]:
+    """Engines for all bundles, and further ones for the dense bundle. A group's name means those that can run here.
+
+    Those are the ones whose graphs the bundles hold; without bundles, all.
+    """
+    from owl_deploy.bundle.manifest import read_bundle
+    from owl_deploy.engines.registry import installed_engines
+
+    flavors = {flavor for bundle in bundles for flavor in read_bundle(bundle).flavors} if bundles else None
+    specs = installed_engines(names, flavors)
+    dense = installed_engines(dense_names, flavors) if dense_names else []
+    return specs, [spec for spec in dense if spec not in specs]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from owl_deploy.engines.environments import process_variables
+from owl_deploy.engines.environments import THREADS, process_variables
 from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec
 from owl_deploy.errors import UserError
@@ -60,7 +60,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=process_variables(spec.environment) | {"OMP_NUM_THREADS": str(threads)},
+            env=process_variables(spec.environment) | {THREADS: str(threads)},
             start_new_session=True,  # an interrupt at the terminal is ours to handle; and one group, see `_signal`
         )
 

@@ -15,6 +15,11 @@ from owl_deploy.files import locked, read_json, write_json
 
 _READY = "owl-deploy.json"
 _HOME = Path(__file__).resolve().parents[2]  # of the package: a checkout, or site-packages
+THREADS = "OMP_NUM_THREADS"
+_DECIDING = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "GGML_", "OV_", "NM_"),
+    *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"),
+)
 _TIMEOUT_S = 3 * 3600  # llama.cpp is compiled, by one slow core at worst
 
 
@@ -136,6 +141,16 @@ def process_variables(environment: Environment | None) -> dict[str, str]:
     variables = {**os.environ, **dict(environment.variables if environment else ())}
     variables.pop("PYTHONPATH", None)  # another interpreter's packages
     return variables
+
+
+def deciding_variables(environment: Environment | None) -> dict[str, str]:
+    """Those of `process_variables` that decide how fast a program computes, and what.
+
+    They are settings of the libraries that engines compute with. The number of threads is not among them: whoever
+    starts an engine sets it.
+    """
+    variables = process_variables(environment)
+    return {name: variables[name] for name in sorted(variables) if name.startswith(_DECIDING) and name != THREADS}
 
 
 def find_python(versions: tuple[str, ...]) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl_deploy.bundle.names import Flavor, precision_of, sparse_flavor, weights_of
-from owl_deploy.engines.environments import Environment
+from owl_deploy.engines.environments import Environment, deciding_variables
 from owl_deploy.errors import UserError
 from owl_deploy.records import versions
 from owl_deploy.sparse.formats import KERNELS_VARIABLE, WEIGHTS
@@ -24,7 +24,8 @@ class EngineSpec:
         flavors: the graphs it runs, best first.
         environment: the virtual environment it needs; None for the one owl-deploy runs in.
         package: what its version is the version of.
-        checked_at_export: its logits were compared with torch's when the graph was made.
+        checked_at_export: its logits were compared with torch's when the graph was made. Some of these are kept beside
+            the graph (see `bundle.expected`), and it is compared with them again where it is measured.
         runs_batches: it decodes several sequences side by side.
         licence: a note for the user.
     """
@@ -45,10 +46,10 @@ class EngineSpec:
         return precision_of(self.flavors[0])
 
     def what_runs(self) -> dict[str, object]:
-        """As JSON what decides, besides graph and machine, what the engine computes and how fast."""
-        if self.environment is not None:
-            return self.environment.contents()
-        runs: dict[str, object] = {"versions": versions(self.package)}
+        """As JSON what decides, besides graph, threads and machine, what the engine computes and how fast."""
+        environment = self.environment
+        packages = environment.contents() if environment is not None else versions(self.package)
+        runs: dict[str, object] = {"packages": packages, "variables": deciding_variables(environment)}
         if weights_of(self.flavors[0]) is not None:
             runs |= {"kernels": os.environ.get(KERNELS_VARIABLE), "library": library_sha256()}
         return runs
