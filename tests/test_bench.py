@@ -414,9 +414,7 @@ def test_ours_too_are_checked_on_the_machine_that_measures(
     assert swept[0]["parity"]["positions_with_past"] == 3
     bundle = shutil.copytree(out / "0" / "bundle", tmp_path / "bundle")
     expected = bundle / "genai" / EXPECTED
-    kept = read_expected(bundle / "genai")
-    assert kept is not None
-    write_expected(bundle / "genai", kept.ids, np.ones((len(kept.ids), kept.logits.shape[1]), np.float32), decoded=16)
+    _expect_other_logits(bundle / "genai")
     _say_what_is_there(bundle, expected)
     run = ("bench", bundle, *WORKLOAD, "--repetitions", 1, "--json")
     ran = run_cli(*run, "-o", tmp_path / "other")
@@ -435,9 +433,7 @@ def test_an_engine_that_others_are_compared_with_is_checked_first(
     """torch is compared with ONNX Runtime, which computes something else here than at export."""
     bundle = tmp_path / "bundle"
     export_checkpoint(tiny_llama, bundle, ("genai", "torch"))
-    kept = read_expected(bundle / "genai")
-    assert kept is not None
-    write_expected(bundle / "genai", kept.ids, np.ones((len(kept.ids), kept.logits.shape[1]), np.float32), decoded=16)
+    _expect_other_logits(bundle / "genai")
     _say_what_is_there(bundle, bundle / "genai" / EXPECTED)
     ran = run_cli(
         *("bench", bundle, "--engines", "torch", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
@@ -457,6 +453,13 @@ def test_logits_of_too_few_positions_are_no_match(out: Path, swept: list[dict[st
     process.logits.return_value = np.zeros((1, 128), np.float32), np.zeros((16, 128), np.float32)
     with pytest.raises(CheckFailed, match=r"in shape: \(1, 128\), \(16, 128\) for 64 tokens"):
         check.of(item, process)
+
+
+def _expect_other_logits(flavor: Path) -> None:
+    kept = read_expected(flavor)
+    assert kept is not None
+    logits = np.random.default_rng(0).normal(size=(len(kept.ids), kept.logits.shape[1])).astype(np.float32)
+    write_expected(flavor, kept.ids, logits, decoded=16)
 
 
 def _say_what_is_there(bundle: Path, file: Path) -> None:
