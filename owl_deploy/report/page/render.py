@@ -20,12 +20,12 @@ from owl_deploy.bench.rows import SCHEMA_VERSION, Row
 from owl_deploy.formatting import number, percent, size
 from owl_deploy.paper.speedups import PAPER_SETTING
 from owl_deploy.plotting import COLOURS
+from owl_deploy.report.charts import pareto_chart, speedup_chart, styles
 from owl_deploy.report.conditions import conditions, method
 from owl_deploy.report.findings import findings
-from owl_deploy.report.page.charts import Chart, Strip, indices, marker_path, pareto_chart, speedup_chart, strip
+from owl_deploy.report.page.drawing import HALF, WIDE, Drawing, Strip, drawing, indices, marker_path, strip
 from owl_deploy.report.page.memory import MemoryFigures, memory_figures
-from owl_deploy.report.pareto import front_text
-from owl_deploy.report.plots import styles
+from owl_deploy.report.pareto import front_text, points_of
 from owl_deploy.report.series import Series, by_series, by_workload, model_names, sparsity_label
 from owl_deploy.report.tables import CSV_FIELDS, Column, footnotes, shown_columns, split_cell, value_at
 from owl_deploy.report.templates import template
@@ -66,8 +66,8 @@ class Panel:
     findings: list[str]
     columns: list[str]
     table: list[tuple[str, list[list[SpeedupCell]], str]]
-    speedups: list[Chart]
-    pareto: Chart | None
+    speedups: list[Drawing]
+    pareto: Drawing | None
     front: str
 
 
@@ -159,9 +159,9 @@ def _panel(name: str, rows: Sequence[Row]) -> Panel:
         findings=[*verdict_on(rows), *findings(rows)],
         columns=[one.name for one in compared],
         table=_speedups(compared),
-        speedups=[chart for chart in charts if chart is not None],
-        pareto=pareto[0] if pareto else None,
-        front=front_text(pareto[1]) if pareto else "",
+        speedups=[drawing(chart, HALF) for chart in charts if chart is not None],
+        pareto=drawing(pareto, WIDE) if pareto else None,
+        front=front_text(points_of(rows)),
     )
 
 
