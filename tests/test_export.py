@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from owl_deploy import files
 from owl_deploy.bundle.manifest import read_bundle
+from owl_deploy.bundle.names import FLAVORS, sparse_flavor
 from owl_deploy.errors import CheckFailed
 from owl_deploy.export import run as export_run
+from owl_deploy.export.flavors import EXPORTERS, Dense, Packed
+from owl_deploy.export.graphs.standard import write_standard_flavor
 from owl_deploy.export.verify.audit import audit_graph
 from owl_deploy.export.verify.parity import compare
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.manifest import read_manifest
+from owl_deploy.sparse import library
+from owl_deploy.sparse.formats import WEIGHTS
 
 from .conftest import RunCli, TinyModel
 
@@ -102,8 +109,9 @@ def test_a_bundle_of_another_checkpoint_is_not_overwritten(bundle: Path, tiny_ll
 def test_a_graph_of_other_weights_fails_and_leaves_nothing(
     sparse: Path, tiny_llama: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exporter = export_run._EXPORTERS["standard"]
-    monkeypatch.setitem(export_run._EXPORTERS, "standard", lambda _, out, words: exporter(tiny_llama, out, words))
+    monkeypatch.setitem(
+        EXPORTERS, "standard", Dense(lambda _, out, words: write_standard_flavor(tiny_llama, out, words))
+    )
     ran = run_cli("export", sparse, "-o", tmp_path / "bundle", "--flavor", "standard")
     assert ran.code == 1
     assert "weights changed or lost" in ran.stderr
@@ -118,8 +126,7 @@ def test_a_graph_that_computes_something_else_fails_and_leaves_nothing(
     shutil.copytree(sparse, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    exporter = export_run._EXPORTERS["standard"]
-    monkeypatch.setitem(export_run._EXPORTERS, "standard", lambda _, out, words: exporter(other, out, words))
+    monkeypatch.setitem(EXPORTERS, "standard", Dense(lambda _, out, words: write_standard_flavor(other, out, words)))
     ran = run_cli("export", sparse, "-o", tmp_path / "bundle", "--flavor", "standard")
     assert ran.code == 1
     assert "logits differ" in ran.stderr
@@ -173,6 +180,75 @@ def test_a_gguf_file_is_told_how_to_become_a_checkpoint(tmp_path: Path, run_cli:
     ran = run_cli("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle")
     assert ran.code == 2
     assert "prune --sparsity 0" in ran.stderr
+
+
+def test_what_could_not_be_made_is_named_and_tried_again_when_asked_for_again(
+    sparse: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library of the kernels was not built yet."""
+    bundle = tmp_path / "bundle"
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "_PATH", tmp_path / "nothing.so")
+        first, again = (run_cli("export", sparse, "-o", bundle) for _ in range(2))
+    for ran in (first, again):
+        assert ran.code == 0  # the other two flavors are there
+        assert "already made" not in ran.stderr
+        (line,) = [line for line in ran.stdout.splitlines() if "missing" in line]
+        assert line.startswith(f"{bundle / 'sparse-packed32'}: missing; ")
+        assert "C++20 compiler" in line
+    before = (bundle / "genai" / "model.onnx").stat().st_mtime_ns
+    ran = run_cli("export", sparse, "-o", bundle)
+    assert ran.code == 0
+    assert "missing" not in ran.stdout
+    manifest = read_bundle(bundle)
+    assert set(manifest.flavors) == {"standard", "genai", "sparse-packed32"}
+    assert manifest.unsupported == {}
+    assert (bundle / "genai" / "model.onnx").stat().st_mtime_ns == before
+
+
+def test_a_bundle_that_would_have_nothing_of_what_was_asked_for_is_an_error_each_time(
+    tiny_model: TinyModel, tmp_path: Path, run_cli: RunCli
+) -> None:
+    bundle, opt = tmp_path / "bundle", tiny_model("opt")
+    asked = ("--flavor", "sparse", "--weights", "packed16,int8", "--quiet")
+    for _ in range(2):
+        ran = run_cli("export", opt, "-o", bundle, *asked)
+        assert ran.code == 2
+        assert "does not know this family" in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+        assert not list(tmp_path.iterdir())
+    assert run_cli("export", opt, "-o", bundle, "--flavor", "standard").code == 0
+    before = (bundle / "bundle.json").read_bytes()
+    for _ in range(2):
+        assert run_cli("export", opt, "-o", bundle, *asked).code == 2
+        assert (bundle / "bundle.json").read_bytes() == before
+
+
+def test_flavors_that_another_process_adds_meanwhile_stay(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between this one's first look at the bundle and its lock."""
+    out = tmp_path / "bundle"
+    export_run.export_checkpoint(sparse, out, ("standard",))
+
+    def staged_addition(target: Path) -> AbstractContextManager[Path]:
+        monkeypatch.undo()
+        export_run.export_checkpoint(sparse, target, ("genai", "torch"))
+        return files.staged_addition(target)
+
+    monkeypatch.setattr(export_run, "staged_addition", staged_addition)
+    export_run.export_checkpoint(sparse, out, ("genai", "gguf-f16"))
+    manifest = read_bundle(out)
+    assert set(manifest.flavors) == {"standard", "genai", "torch", "gguf-f16"}
+    for record in manifest.flavors.values():
+        for file in record.files:
+            assert files.sha256(out / file.path) == file.sha256
+
+
+def test_every_flavor_has_an_exporter_and_every_exporter_a_flavor() -> None:
+    assert set(EXPORTERS) == set(FLAVORS)
+    packed = {flavor: exporter.weights for flavor, exporter in EXPORTERS.items() if isinstance(exporter, Packed)}
+    assert packed == {sparse_flavor(weights): weights for weights in WEIGHTS}
 
 
 def test_an_unknown_flavor_is_refused(sparse: Path, tmp_path: Path, run_cli: RunCli) -> None:

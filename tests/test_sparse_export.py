@@ -18,7 +18,7 @@ from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import CheckFailed
-from owl_deploy.export.graphs import packed as packing
+from owl_deploy.export.graphs import dense as dense_graphs
 from owl_deploy.export.graphs.selection import choose
 from owl_deploy.export.graphs.sparse import write_sparse
 from owl_deploy.export.run import export_checkpoint
@@ -162,7 +162,7 @@ def test_another_level_lends_its_dense_graph_and_every_byte_is_the_same(
     flavors = ["sparse-packed32", "sparse-int8"]  # at 20% packed32 keeps its matrices as they are
     level = pruned(tiny_llama, tmp_path / "level", 0.2, reference)
     alone = export_checkpoint(level, tmp_path / "alone", flavors)
-    monkeypatch.setattr("owl_deploy.export.graphs.packed.write_genai", None)
+    monkeypatch.setattr("owl_deploy.export.graphs.dense.write_genai", None)
     lent = export_checkpoint(level, tmp_path / "lent", flavors, like=bundle)
     assert lent == alone
 
@@ -179,8 +179,8 @@ def test_a_model_that_differs_in_more_than_its_linears_is_lent_nothing(
         return other
 
     made = []
-    write = packing.write_genai
-    monkeypatch.setattr(packing, "write_genai", lambda *a, **k: (made.append("graph"), write(*a, **k)))
+    write = dense_graphs.write_genai
+    monkeypatch.setattr(dense_graphs, "write_genai", lambda *a, **k: (made.append("graph"), write(*a, **k)))
     norm, linear = "model.layers.2.input_layernorm.weight", "model.layers.2.mlp.up_proj.weight"
     export_checkpoint(with_another(linear), tmp_path / "linear", ["sparse-packed32"], like=bundle)
     assert made == []

@@ -7,7 +7,10 @@ from typing import Literal, get_args
 from owl_deploy.sparse.formats import WEIGHTS, Weights
 
 SparseFlavor = Literal["sparse-packed32", "sparse-packed16", "sparse-int8"]
-PeerFlavor = Literal[
+Flavor = Literal[
+    "standard",
+    "genai",
+    SparseFlavor,
     "genai-int8",
     "genai-int4",
     "openvino",
@@ -18,10 +21,8 @@ PeerFlavor = Literal[
     "gguf-q4_0",
     "torch",
 ]
-Flavor = Literal["standard", "genai", SparseFlavor, PeerFlavor]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
-PEER_FLAVORS: tuple[PeerFlavor, ...] = get_args(PeerFlavor)
-"""What other engines run, made from the same checkpoint: its weights as those engines store them."""
+"""What a bundle can hold of a checkpoint; `export/flavors.py` says how each is made."""
 
 
 def model_file(flavor: Flavor) -> str:
@@ -42,12 +43,8 @@ def precision_of(flavor: Flavor) -> str:
 
 def sparse_flavor(weights: Weights) -> SparseFlavor:
     """The flavor with these weights."""
-    flavors: dict[Weights, SparseFlavor] = {
-        "packed32": "sparse-packed32",
-        "packed16": "sparse-packed16",
-        "int8": "sparse-int8",
-    }
-    return flavors[weights]
+    flavors: tuple[SparseFlavor, ...] = get_args(SparseFlavor)
+    return next(flavor for flavor in flavors if flavor == f"sparse-{weights}")
 
 
 def weights_of(flavor: Flavor) -> Weights | None:

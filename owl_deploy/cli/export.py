@@ -51,7 +51,7 @@ def export(
 
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
     """
-    from owl_deploy.bundle.names import PEER_FLAVORS, Flavor, sparse_flavor
+    from owl_deploy.bundle.names import FLAVORS, Flavor, sparse_flavor
     from owl_deploy.export.run import export_checkpoint
     from owl_deploy.sparse.formats import HEADS, WEIGHTS
 
@@ -61,16 +61,16 @@ def export(
     if head not in (None, *HEADS):
         raise UserError(f"--head {head}: choose one of {', '.join(HEADS)}")
     packed: list[Flavor] = [sparse_flavor(name) for name in WEIGHTS if name in formats]
-    flavors: dict[str, list[Flavor]] = {"standard": ["standard"], "genai": ["genai"], "sparse": packed}
-    flavors["all"] = [name for names in flavors.values() for name in names]
-    flavors |= {peer: [peer] for peer in PEER_FLAVORS}
-    if flavor not in flavors:
-        raise UserError(f"--flavor {flavor}: choose one of {', '.join(flavors)}")
+    groups: dict[str, list[Flavor]] = {"all": ["standard", "genai", *packed], "sparse": packed}
+    groups |= {name: [name] for name in FLAVORS}
+    if flavor not in groups:
+        raise UserError(f"--flavor {flavor}: choose one of {', '.join(groups)}")
+    asked = groups[flavor]
     options.use_threads(threads)
     manifest = export_checkpoint(
         checkpoint,
         output,
-        flavors[flavor],
+        asked,
         head=head,
         reporter=Reporter(quiet=quiet),
     )
@@ -85,3 +85,6 @@ def export(
             worst = max(record.parity.max_abs_difference, record.parity.max_abs_difference_with_past)
             line += f", logits within {worst:.1e} of torch"
         typer.echo(line)
+    for name in asked:
+        if name not in manifest.flavors:
+            typer.echo(f"{output / name}: missing; {manifest.unsupported[name]}")

@@ -4,46 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import resources
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from owl_deploy.bundle.manifest import (
-    GRAPH,
     MANIFEST,
     BundleManifest,
     FileRecord,
     FlavorRecord,
-    PackedRecord,
     exporter_versions,
     read_bundle,
 )
-from owl_deploy.bundle.names import PEER_FLAVORS, Flavor, weights_of
-from owl_deploy.engines.protocol import TokenIds
-from owl_deploy.engines.sparse_engine import SparseEngine
+from owl_deploy.bundle.names import Flavor
 from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.graphs.genai import write_genai
-from owl_deploy.export.graphs.packed import DenseGraph, audit_of, pack_flavor
-from owl_deploy.export.graphs.standard import write_standard
-from owl_deploy.export.peers.registry import write_peer
-from owl_deploy.export.verify.parity import check_parity
-from owl_deploy.files import read_json, sha256, staged_addition, staged_directory, write_text
-from owl_deploy.models.load import architecture, context_length, load_config, load_model, load_tokenizer
+from owl_deploy.export.checkpoint import OpenCheckpoint, open_checkpoint
+from owl_deploy.export.flavors import EXPORTERS, Packed
+from owl_deploy.export.graphs.dense import DenseGraph, lent_graph, written_graph
+from owl_deploy.files import sha256, staged_addition, staged_directory, write_text
+from owl_deploy.models.load import architecture, context_length
 from owl_deploy.models.source import ModelSource
-from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.manifest import read_manifest
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.sparse.formats import Head
-
-PARITY_TOKENS = 64
-_PARITY_SEED = 0
+from owl_deploy.sparse.library import library_path
 
 
 def export_checkpoint(
@@ -56,7 +41,7 @@ def export_checkpoint(
     like: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> BundleManifest:
-    """Export `checkpoint` into the directory `out`; what is already there of the same checkpoint is not made again.
+    """Export `checkpoint` into the directory `out`; flavors that are already there of the same checkpoint stay.
 
     Args:
         head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
@@ -65,11 +50,14 @@ def export_checkpoint(
             differ in nothing but their linears; the bytes are the same.
 
     Every graph is audited (all weights in it, unchanged) and compared with torch before the bundle appears. Where
-    several flavors are asked for, one that has no exporter for the family is left out and named in the manifest.
+    several flavors are asked for, one that cannot be made of this model, or on this machine, is left out and named in
+    the manifest. It is tried again whenever it is asked for again.
 
     Raises:
         UserError: the checkpoint cannot be read or exported, or `out` is in use.
-        CheckFailed: a graph is not the checkpoint; no bundle is left.
+        UnsupportedFamily: the bundle would have none of `flavors`.
+        CheckFailed: a graph is not the checkpoint.
+    After each of these `out` is as it was.
     """
     if not (checkpoint / "config.json").is_file():
         raise UserError(
@@ -77,114 +65,153 @@ def export_checkpoint(
         )
     source = ModelSource(str(checkpoint), checkpoint)
     checkpoint_sha256 = source.fingerprint()
-    made = read_bundle(out) if (out / MANIFEST).is_file() else None
-    if made is not None:
-        if (made.checkpoint_sha256, made.versions) != (checkpoint_sha256, exporter_versions()):
-            raise UserError(f"{out}: holds a bundle made from other inputs; choose another output directory")
-        _check_heads(out, made, flavors, head)
-        flavors = [flavor for flavor in flavors if flavor not in (*made.flavors, *made.unsupported)]
-        if not flavors:
-            reporter.step(f"{out}: already made from the same checkpoint")
-            return made
+    there = _bundle_there(out, checkpoint_sha256, flavors, head)
+    if there is not None and there.flavors.keys() >= set(flavors):
+        reporter.step(f"{out}: already made from the same checkpoint")
+        return there
 
-    model = load_model(source, torch.float32)
-    tokenizer = load_tokenizer(source)
-    ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
-    pruned = read_manifest(checkpoint)
-    place = staged_directory(out, manifest=MANIFEST) if made is None else staged_addition(out)
-    # Files are hashed beside the work on the next flavor.
-    with place as staging, _readable_by_exporters(checkpoint) as directory, ThreadPoolExecutor(1) as beside:
-        records: dict[Flavor, FlavorRecord] = {}
-        hashed: dict[Flavor, Future[list[FileRecord]]] = {}
-        unsupported: dict[Flavor, str] = {}
-        dense = DenseGraph(directory, staging / ".dense", model, tokenizer is not None)
-        if made is not None and "genai" in made.flavors:
-            dense.use(out / "genai", made.flavors["genai"].audit)
-        elif like is not None and "genai" not in flavors:
-            dense.borrow(like)
-        for flavor in sorted(flavors, key=lambda flavor: weights_of(flavor) is not None):  # packed ones last
-            reporter.step(f"exporting {flavor}")
-            try:
-                records[flavor] = _export(flavor, directory, staging / flavor, model, ids, tokenizer, dense, head)
-                hashed[flavor] = beside.submit(_file_records, staging / flavor)
-                if flavor == "genai":
-                    dense.use(staging / flavor, records[flavor].audit)
-            except UnsupportedFamily as error:
-                if len(flavors) == 1:
-                    raise
-                reporter.warn(str(error))
-                unsupported[flavor] = str(error)
-                shutil.rmtree(staging / flavor)
-        dense.remove()
-        records = {
-            flavor: record.model_copy(update={"files": hashed[flavor].result()}) for flavor, record in records.items()
-        }
-        if made is not None:
-            manifest = made.model_copy(
-                update={"flavors": made.flavors | records, "unsupported": made.unsupported | unsupported}
-            )
-        elif not records:
-            raise UserError(f"{checkpoint}: no exporter knows this family: {'; '.join(unsupported.values())}")
-        else:
-            manifest = BundleManifest(
-                model=pruned.model if pruned else name or source.name,
-                checkpoint_sha256=checkpoint_sha256,
-                base_sha256=pruned.model_sha256 if pruned else None,
-                frame_sha256=dense.frame_sha256,
-                family=type(model).__name__,
-                architecture=architecture(model),
-                method=str(pruned.plan["method"]) if pruned else None,
-                allocation=str(pruned.plan["allocation"]) if pruned else None,
-                sparsity_asked=pruned.sparsity_asked if pruned else None,
-                sparsity_achieved=_sparsity(model),
-                vocabulary=model.config.vocab_size,
-                context=context_length(model),
-                has_tokenizer=tokenizer is not None,
-                parity_text="random" if tokenizer is None else "passage",
-                flavors=records,
-                unsupported=unsupported,
-                versions=exporter_versions(),
-            )
+    place = staged_directory(out, manifest=MANIFEST) if there is None else staged_addition(out)
+    with place as staging, open_checkpoint(source) as opened:
+        # Read again, as another process could add to it until it was locked.
+        there = _bundle_there(out, checkpoint_sha256, flavors, head)
+        before = {} if there is None else there.flavors
+        made, left_out = _make_flavors(
+            [flavor for flavor in flavors if flavor not in before],
+            *(opened, staging, _own_graph(out, before), like, head),
+            reporter=reporter,
+        )
+        records = before | made
+        if not any(flavor in records for flavor in flavors):
+            raise UnsupportedFamily("; ".join(dict.fromkeys(left_out.values())))
+        for flavor, reason in left_out.items():
+            reporter.warn(f"without {flavor}: {reason}")
+        manifest = there or _description(opened, source, checkpoint_sha256, name)
+        known = manifest.unsupported | left_out
+        unsupported = {flavor: known[flavor] for flavor in known if flavor not in records}
+        manifest = manifest.model_copy(update={"flavors": records, "unsupported": unsupported})
         write_text(staging / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 
-def _check_heads(out: Path, made: BundleManifest, flavors: Sequence[Flavor], head: Head | None) -> None:
+def _bundle_there(
+    out: Path, checkpoint_sha256: str, flavors: Sequence[Flavor], head: Head | None
+) -> BundleManifest | None:
+    """What `out` holds already; None if it holds no bundle.
+
+    Raises:
+        UserError: it was made from other inputs, or one of `flavors` is there with another head.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    there = read_bundle(out)
+    if (there.checkpoint_sha256, there.versions) != (checkpoint_sha256, exporter_versions()):
+        raise UserError(f"{out}: holds a bundle made from other inputs; choose another output directory")
     for flavor in flavors:
-        packed = made.flavors[flavor].packed if flavor in made.flavors else None
+        packed = there.flavors[flavor].packed if flavor in there.flavors else None
         if packed is not None and head not in (None, packed.head):
             raise UserError(f"{out / flavor}: has a head of {packed.head}; choose another output directory")
+    return there
 
 
-def _export(
-    flavor: Flavor,
-    checkpoint: Path,
-    out: Path,
-    model: PreTrainedModel,
-    ids: TokenIds,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dense: DenseGraph,
+def _make_flavors(
+    flavors: Sequence[Flavor],
+    checkpoint: OpenCheckpoint,
+    staging: Path,
+    own: DenseGraph | None,
+    like: Path | None,
     head: Head | None,
-) -> FlavorRecord:
-    """Make and check a flavor in `out`; its record, without the files."""
-    out.mkdir()
-    weights = weights_of(flavor)
-    packed: PackedRecord | None = None
-    if flavor in PEER_FLAVORS:
-        source, note = write_peer(flavor, checkpoint, out, has_tokenizer=tokenizer is not None)
-        audit, parity = None, None
-    elif weights is None:
-        source, note = _EXPORTERS[flavor](checkpoint, out, tokenizer is not None)
-        audit = audit_of(out / GRAPH, model)
-        parity = check_parity(out / GRAPH, model, ids)
-    else:
-        source, note = "onnxruntime-genai, packed", f"owl::SparseMatMul on {weights} weights"
-        audit, packed, stored = pack_flavor(dense, out, weights, head)
-        with _weights_of(model, stored):
-            parity = check_parity(out / GRAPH, model, ids, SparseEngine)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=[], packed=packed)
+    *,
+    reporter: Reporter,
+) -> tuple[dict[Flavor, FlavorRecord], dict[Flavor, str]]:
+    """Make these flavors in `staging`: the records of those that could be made, and why the others could not.
+
+    Args:
+        own: the dense graph of the bundle, if it has one already.
+        like: see `export_checkpoint`.
+    """
+    records: dict[Flavor, FlavorRecord] = {}
+    hashed: dict[Flavor, Future[list[FileRecord]]] = {}
+    left_out: dict[Flavor, str] = {}
+
+    def attempt(flavor: Flavor, make: Callable[[Path], FlavorRecord]) -> None:
+        reporter.step(f"exporting {flavor}")
+        folder = staging / flavor
+        folder.mkdir()
+        try:
+            records[flavor] = make(folder)
+        except UnsupportedFamily as error:
+            left_out[flavor] = str(error)
+            shutil.rmtree(folder)
+            return
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save_pretrained(folder)
+        hashed[flavor] = beside.submit(_file_records, folder)
+
+    packed = {flavor: exporter for flavor in flavors if isinstance(exporter := EXPORTERS[flavor], Packed)}
+    with ThreadPoolExecutor(1) as beside:  # files are hashed beside the work on the next flavor
+        for flavor in flavors:
+            if not isinstance(exporter := EXPORTERS[flavor], Packed):
+                attempt(flavor, partial(exporter.make, checkpoint))
+        if packed:
+            try:
+                with _dense_graph(checkpoint, own or _own_graph(staging, records), like, staging) as dense:
+                    for flavor, packer in packed.items():
+                        attempt(flavor, partial(packer.make, checkpoint, dense, head))
+            except UnsupportedFamily as error:
+                left_out |= dict.fromkeys(packed, str(error))
+    finished = {
+        flavor: record.model_copy(update={"files": hashed[flavor].result()}) for flavor, record in records.items()
+    }
+    return finished, left_out
+
+
+def _own_graph(bundle: Path, flavors: Mapping[Flavor, FlavorRecord]) -> DenseGraph | None:
+    """The dense graph among a bundle's flavors."""
+    genai = flavors.get("genai")
+    return None if genai is None or genai.audit is None else DenseGraph(bundle / "genai", genai.audit)
+
+
+@contextlib.contextmanager
+def _dense_graph(
+    checkpoint: OpenCheckpoint, own: DenseGraph | None, like: Path | None, staging: Path
+) -> Iterator[DenseGraph]:
+    """What sparse flavors are made from: the bundle's own dense graph, or that of `like`, or one made for the purpose.
+
+    Raises:
+        UnsupportedFamily: there is none for this model, or the library that packs its weights is missing.
+    """
+    try:
+        library_path()
+    except UserError as error:
+        raise UnsupportedFamily(str(error)) from error
+    graph = own or (lent_graph(checkpoint, like) if like is not None else None)
+    with contextlib.nullcontext(graph) if graph else written_graph(checkpoint, staging) as dense:
+        yield dense
+
+
+def _description(
+    checkpoint: OpenCheckpoint, source: ModelSource, checkpoint_sha256: str, name: str | None
+) -> BundleManifest:
+    """The manifest of a bundle without flavors yet."""
+    pruned, model = read_manifest(source.path), checkpoint.model
+    return BundleManifest(
+        model=pruned.model if pruned else name or source.name,
+        checkpoint_sha256=checkpoint_sha256,
+        base_sha256=pruned.model_sha256 if pruned else None,
+        frame_sha256=checkpoint.frame_sha256,
+        family=type(model).__name__,
+        architecture=architecture(model),
+        method=str(pruned.plan["method"]) if pruned else None,
+        allocation=str(pruned.plan["allocation"]) if pruned else None,
+        sparsity_asked=pruned.sparsity_asked if pruned else None,
+        sparsity_achieved=checkpoint.sparsity,
+        vocabulary=model.config.vocab_size,
+        context=context_length(model),
+        has_tokenizer=checkpoint.tokenizer is not None,
+        parity_text="random" if checkpoint.tokenizer is None else "passage",
+        flavors={},
+        versions=exporter_versions(),
+    )
 
 
 def _file_records(flavor: Path) -> list[FileRecord]:
@@ -193,66 +220,3 @@ def _file_records(flavor: Path) -> list[FileRecord]:
         for file in sorted(flavor.rglob("*"))
         if file.is_file()
     ]
-
-
-@contextlib.contextmanager
-def _weights_of(model: PreTrainedModel, weights: dict[str, NDArray[np.float32]]) -> Iterator[None]:
-    """The model with these weights in its linears, for a while; what they were tied to keeps its own."""
-    modules = dict(model.named_modules())
-    before = {name: modules[name].weight for name in weights}
-    try:
-        for name, values in weights.items():
-            modules[name].weight = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
-        yield
-    finally:
-        for name, weight in before.items():
-            modules[name].weight = weight
-
-
-def _standard(checkpoint: Path, out: Path, _: bool) -> tuple[str, str]:
-    graph = write_standard(checkpoint, out)
-    for name in ("config.json", "generation_config.json"):
-        if (checkpoint / name).is_file():
-            shutil.copy(checkpoint / name, out / name)
-    return graph.source, graph.note
-
-
-def _genai(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
-    write_genai(checkpoint, out, has_tokenizer=has_tokenizer)
-    return (
-        "onnxruntime-genai",
-        "GroupQueryAttention on a shared KV buffer: the fastest dense graph of ONNX Runtime",
-    )
-
-
-_EXPORTERS: dict[Flavor, Callable[[Path, Path, bool], tuple[str, str]]] = {"standard": _standard, "genai": _genai}
-
-
-def _sparsity(model: PreTrainedModel) -> float:
-    """Zeros among the weights of its blocks' linears."""
-    blocks = find_blocks(model)
-    return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
-
-
-def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:
-    """The first tokens of the packaged passage; random ones for a model without a tokenizer."""
-    count = min(PARITY_TOKENS, context or PARITY_TOKENS)
-    if tokenizer is None:
-        return np.random.default_rng(_PARITY_SEED).integers(0, vocabulary, count, dtype=np.int64)
-    passage = (resources.files("owl_deploy") / "text" / "passage.txt").read_text(encoding="utf-8")
-    return np.asarray(tokenizer(passage)["input_ids"][:count], dtype=np.int64)
-
-
-@contextlib.contextmanager
-def _readable_by_exporters(checkpoint: Path) -> Iterator[Path]:
-    """The checkpoint, with a config that transformers 4.57 reads right (see `load_config`)."""
-    config = read_json(checkpoint / "config.json")
-    if "rope_parameters" not in config or "rope_theta" in config:
-        yield checkpoint
-        return
-    with tempfile.TemporaryDirectory(prefix="owl-deploy-") as temporary:
-        for file in checkpoint.iterdir():
-            if file.is_file() and file.name != "config.json":
-                (Path(temporary) / file.name).symlink_to(file.resolve())
-        load_config(checkpoint).save_pretrained(temporary)
-        yield Path(temporary)

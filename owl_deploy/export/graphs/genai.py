@@ -15,6 +15,15 @@ from typing import Any, Literal
 from owl_deploy.errors import UnsupportedFamily, UserError, first_line
 
 
+def write_genai_fp32(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
+    """See `flavors.Write`."""
+    write_genai(checkpoint, out, has_tokenizer=has_tokenizer)
+    return (
+        "onnxruntime-genai",
+        "GroupQueryAttention on a shared KV buffer: the fastest dense graph of ONNX Runtime",
+    )
+
+
 def write_genai(
     checkpoint: Path,
     out: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,15 @@ class StandardGraph:
     source: Literal["built", "optimum"]
     note: str
     """Why it was made that way."""
+
+
+def write_standard_flavor(checkpoint: Path, out: Path, _has_tokenizer: bool) -> tuple[str, str]:
+    """See `flavors.Write`: the graph, and the model's configs."""
+    graph = write_standard(checkpoint, out)
+    for name in ("config.json", "generation_config.json"):
+        if (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, out / name)
+    return graph.source, graph.note
 
 
 def write_standard(checkpoint: Path, out: Path) -> StandardGraph:

@@ -14,14 +14,14 @@ _NOTE = "the genai graph, weights and head in {bits} bits by blocks of {block}, 
 
 
 def write_genai_int4(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
-    """See `peers.Exporter`. The builder's own choices: symmetric, rounded to nearest, the head in 4 bits too."""
+    """See `flavors.Write`. The builder's own choices: symmetric, rounded to nearest, the head in 4 bits too."""
     options = {"int4_block_size": _BLOCK, "int4_accuracy_level": _INPUTS_IN_8_BITS}
     write_genai(checkpoint, out, has_tokenizer=has_tokenizer, precision="int4", options=options)
     return "onnxruntime-genai", _NOTE.format(bits=4, block=_BLOCK)
 
 
 def write_genai_int8(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
-    """See `peers.Exporter`. The builder has no 8 bits for all of a model: ONNX Runtime's quantiser gives them."""
+    """See `flavors.Write`. The builder has no 8 bits for all of a model: ONNX Runtime's quantiser gives them."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     write_genai(checkpoint, out, has_tokenizer=has_tokenizer)

@@ -34,7 +34,7 @@ _UNKNOWN_FAMILY = ("custom or unsupported architecture", "not supported", "does 
 
 
 def write_openvino(precision: Precision, checkpoint: Path, out: Path, _has_tokenizer: bool) -> tuple[str, str]:
-    """See `peers.Exporter`: `openvino_model.xml`, its weights and its config."""
+    """See `flavors.Write`: `openvino_model.xml`, its weights and its config."""
     if (problem := OPENVINO.problem()) is not None:
         raise UserError(f"OpenVINO writes this flavor itself, and is {problem}")
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as temporary:

@@ -1,0 +1,102 @@
+"""The checkpoint that is exported, open in torch, with all that its flavors are made from and compared on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from owl_deploy.engines.protocol import TokenIds
+from owl_deploy.files import read_json
+from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
+from owl_deploy.models.shards import as_bytes
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks
+
+PARITY_TOKENS = 64
+_PARITY_SEED = 0
+_OF_THE_FILE = {"_name_or_path", "transformers_version"}  # what a config says of where it came from
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """What is exported.
+
+    Attributes:
+        directory: its files, with a config that every exporter reads right.
+        model: in fp32.
+        ids: the sequence that logits are compared on.
+    """
+
+    directory: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    ids: TokenIds
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros among the weights of its blocks' linears."""
+        blocks = find_blocks(self.model)
+        return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
+
+    @cached_property
+    def frame_sha256(self) -> str:
+        """See `BundleManifest`."""
+        weights = {f"{block.full_name(name)}.weight" for block in find_blocks(self.model) for name in block.linears}
+        digest = hashlib.sha256()
+        for config in (self.model.config, self.model.generation_config):
+            told = config.to_dict() if config is not None else {}
+            known = {name: told[name] for name in sorted(told.keys() - _OF_THE_FILE)}
+            digest.update(json.dumps(known, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            if name not in weights:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(as_bytes(tensor))
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_checkpoint(source: ModelSource) -> Iterator[OpenCheckpoint]:
+    """Load a checkpoint for export.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
+    ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
+    with _readable_by_exporters(source.path) as directory:
+        yield OpenCheckpoint(directory, model, tokenizer, ids)
+
+
+def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:
+    """The first tokens of the packaged passage; random ones for a model without a tokenizer."""
+    count = min(PARITY_TOKENS, context or PARITY_TOKENS)
+    if tokenizer is None:
+        return np.random.default_rng(_PARITY_SEED).integers(0, vocabulary, count, dtype=np.int64)
+    passage = (resources.files("owl_deploy") / "text" / "passage.txt").read_text(encoding="utf-8")
+    return np.asarray(tokenizer(passage)["input_ids"][:count], dtype=np.int64)
+
+
+@contextlib.contextmanager
+def _readable_by_exporters(checkpoint: Path) -> Iterator[Path]:
+    """The checkpoint, with a config that transformers 4.57 reads right (see `load_config`)."""
+    config = read_json(checkpoint / "config.json")
+    if "rope_parameters" not in config or "rope_theta" in config:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="owl-deploy-") as temporary:
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.name != "config.json":
+                (Path(temporary) / file.name).symlink_to(file.resolve())
+        load_config(checkpoint).save_pretrained(temporary)
+        yield Path(temporary)

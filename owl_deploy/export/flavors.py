@@ -1,0 +1,122 @@
+"""The flavors of a bundle: how each is written and checked. To add one: a module, its name, and a line here.
+
+Its name goes into `bundle/names.py`, where the engines that run it find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
+from owl_deploy.bundle.names import Flavor
+from owl_deploy.engines.sparse_engine import SparseEngine
+from owl_deploy.export.checkpoint import OpenCheckpoint
+from owl_deploy.export.graphs.dense import DenseGraph, audit_of
+from owl_deploy.export.graphs.genai import write_genai_fp32
+from owl_deploy.export.graphs.packed import write_packed
+from owl_deploy.export.graphs.standard import write_standard_flavor
+from owl_deploy.export.peers.genai import write_genai_int4, write_genai_int8
+from owl_deploy.export.peers.gguf import write_gguf
+from owl_deploy.export.peers.openvino import write_openvino
+from owl_deploy.export.peers.torch import write_torch
+from owl_deploy.export.verify.parity import check_parity
+from owl_deploy.sparse.formats import Head, Weights
+
+Write = Callable[[Path, Path, bool], tuple[str, str]]
+"""(checkpoint, out, has_tokenizer) -> what it was made by, and a note; `out` is there and empty.
+
+Raises `UnsupportedFamily` where its tool does not know the architecture, `UserError` where that is missing or fails.
+"""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A graph of the checkpoint's weights as they are: each looked up in it, its logits compared with torch's."""
+
+    write: Write
+
+    def make(self, checkpoint: OpenCheckpoint, out: Path) -> FlavorRecord:
+        """Write and check the flavor in `out`; its record, but for the files.
+
+        Raises:
+            UnsupportedFamily: there is no such graph of this model.
+            CheckFailed: the graph is not the checkpoint.
+        """
+        source, note = self.write(checkpoint.directory, out, checkpoint.tokenizer is not None)
+        audit = audit_of(out / GRAPH, checkpoint.model)
+        parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids)
+        return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=[])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A dense graph with its weights packed: all read back, its logits compared with torch's on what is stored."""
+
+    weights: Weights
+
+    def make(self, checkpoint: OpenCheckpoint, dense: DenseGraph, head: Head | None, out: Path) -> FlavorRecord:
+        """See `Dense.make`."""
+        packed, stored = write_packed(checkpoint.model, dense, out, self.weights, head)
+        with _weights_in(checkpoint.model, stored):
+            parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids, SparseEngine)
+        return FlavorRecord(
+            source="onnxruntime-genai, packed",
+            note=f"owl::SparseMatMul on {self.weights} weights",
+            parity=parity,
+            audit=dense.audit,
+            files=[],
+            packed=packed,
+        )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What another engine runs, of weights as it stores them: `bench` compares its logits, with ONNX Runtime's."""
+
+    write: Write
+
+    def make(self, checkpoint: OpenCheckpoint, out: Path) -> FlavorRecord:
+        """See `Dense.make`; nothing is checked here."""
+        source, note = self.write(checkpoint.directory, out, checkpoint.tokenizer is not None)
+        return FlavorRecord(source=source, note=note, parity=None, audit=None, files=[])
+
+
+EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
+    "standard": Dense(write_standard_flavor),
+    "genai": Dense(write_genai_fp32),
+    "sparse-packed32": Packed("packed32"),
+    "sparse-packed16": Packed("packed16"),
+    "sparse-int8": Packed("int8"),
+    "genai-int8": Peer(write_genai_int8),
+    "genai-int4": Peer(write_genai_int4),
+    "openvino": Peer(partial(write_openvino, "fp32")),
+    "openvino-int8": Peer(partial(write_openvino, "int8")),
+    "openvino-int4": Peer(partial(write_openvino, "int4")),
+    "gguf-f16": Peer(partial(write_gguf, weights="f16")),
+    "gguf-q8_0": Peer(partial(write_gguf, weights="q8_0")),
+    "gguf-q4_0": Peer(partial(write_gguf, weights="q4_0")),
+    "torch": Peer(write_torch),
+}
+
+
+@contextlib.contextmanager
+def _weights_in(model: PreTrainedModel, weights: dict[str, NDArray[np.float32]]) -> Iterator[None]:
+    """The model with these weights in its linears, for a while; what they were tied to keeps its own."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].weight for name in weights}
+    try:
+        for name, values in weights.items():
+            modules[name].weight = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
+        yield
+    finally:
+        for name, weight in before.items():
+            modules[name].weight = weight
