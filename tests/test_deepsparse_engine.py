@@ -56,9 +56,9 @@ folder, context, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.a
 ids = np.load(folder / "ids.npy")
 engine = DeepSparseEngine(folder / "model.onnx", threads=1, context=context, prompts=tuple(prompts[:2]))
 for prompt in prompts:
-    prefilled = engine.prefill(ids[None, :prompt])[0]
+    scored, prefilled = engine.score(ids[None, :prompt])[0], engine.prefill(ids[None, :prompt])
     decoded = [engine.decode(token[None]) for token in ids[prompt:context]]
-    np.save(folder / f"logits_{prompt}.npy", np.concatenate([prefilled, *decoded]))
+    np.save(folder / f"logits_{prompt}.npy", np.concatenate([scored[:-1], prefilled, *decoded]))
 try:
     engine.decode(np.zeros(1, np.int64))
 except ValueError as error:
@@ -112,6 +112,7 @@ def test_prefill_and_decode_agree_with_onnxruntime(
         assert np.abs(np.load(tmp_path / f"logits_{prompt}.npy") - expected).max() < 1e-4, prompt
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["version"] == "1.8.0"
+    assert facts["prefill_logits"] == "last"
     assert facts["internal_kv_cache"] is internal_cache
     assert set(facts["fraction_of_supported_ops"]) >= {"1", "64", "128"}
     assert all(share > 0.9 for share in facts["fraction_of_supported_ops"].values())

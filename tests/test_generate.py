@@ -80,7 +80,7 @@ def greedy(bundle: Path, flavor: Flavor, new_tokens: int = NEW) -> list[int]:
     """The likeliest tokens, by the engine class and argmax."""
     engine = SparseEngine if flavor.startswith("sparse") else OnnxRuntimeEngine
     model = engine(bundle / flavor / "model.onnx", threads=1, context=CONTEXT)
-    tokens = [int(model.prefill(np.array([PROMPT_IDS], np.int64))[0, -1].argmax())]
+    tokens = [int(model.prefill(np.array([PROMPT_IDS], np.int64))[0].argmax())]
     while len(tokens) < new_tokens:
         tokens.append(int(model.decode(np.array(tokens[-1:]))[0].argmax()))
     return tokens
@@ -185,7 +185,7 @@ def model(worded: Path) -> GenerationModel:
 def probabilities(worded: Path) -> np.ndarray:
     """Of the token after the prompt, at temperature 0.05."""
     engine = OnnxRuntimeEngine(worded / "genai" / "model.onnx", threads=1, context=CONTEXT)
-    logits = engine.prefill(np.array([PROMPT_IDS], np.int64))[0, -1].astype(np.float64) / 0.05
+    logits = engine.prefill(np.array([PROMPT_IDS], np.int64))[0].astype(np.float64) / 0.05
     weights = np.exp(logits - logits.max())
     return np.asarray(weights / weights.sum())
 

@@ -295,16 +295,16 @@ folder, context, long = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 model, ids = folder / "model.gguf", np.load(folder / "ids.npy")
 one = LlamaCppEngine(model, threads=1, context=context, prompts=())
 first, second = ids[:1, :context], ids[1:, :context]
-logits = {"at once": one.prefill(first)[0]}
-kept = one.prefill(second[:, :-9])
+logits = {"at once": one.score(first)[0]}
+scored, kept = one.score(second[:, :-9]), one.prefill(second[:, :-9])
 decoded = [one.decode(second[:, column]) for column in range(context - 9, context)]
-logits["second"] = np.concatenate([kept[0], *decoded])
+logits["second"] = np.concatenate([scored[0, :-1], kept, *decoded])
 failures = {"full": failure(lambda: one.decode(second[:, 0])), "empty": failure(lambda: one.prefill(ids[:1, :0]))}
 two = LlamaCppEngine(model, threads=1, context=long, prompts=(), batch=2)
-kept = two.prefill(ids[:, :-1])
-logits["batch"] = np.concatenate([kept, two.decode(ids[:, -1])[:, None]], axis=1)
+scored, kept = two.score(ids[:, :-1]), two.prefill(ids[:, :-1])[:, None]
+logits["batch"] = np.concatenate([scored[:, :-1], kept, two.decode(ids[:, -1])[:, None]], axis=1)
 single = LlamaCppEngine(model, threads=1, context=long, prompts=())
-logits["one by one"] = np.concatenate([single.prefill(row[None]) for row in ids])
+logits["one by one"] = np.concatenate([single.score(row[None]) for row in ids])
 failures["context"] = failure(lambda: LlamaCppEngine(model, threads=1, context=9999, prompts=()))
 damaged = folder / "damaged.gguf"
 damaged.write_bytes(model.read_bytes()[:2000])

@@ -28,8 +28,8 @@ OWN = ("onnxruntime-int8", "onnxruntime-int4", "torch", "torch-compiled")
 OPENVINO = ("openvino", "openvino-int8", "openvino-int4")
 EVERY = [*OWN, *(pytest.param(name, marks=pytest.mark.openvino) for name in OPENVINO)]
 
-# Logits of two sequences, each with its first tokens at once and the rest one by one: in turn, side by side, and all
-# at once.
+# Logits of two sequences, each with its first tokens at once (the last of them prefilled) and the rest one by one: in
+# turn, side by side, and all at once.
 SCRIPT = """
 import importlib, json, sys
 from pathlib import Path
@@ -41,12 +41,13 @@ def engine(batch):
     engine_class = getattr(importlib.import_module(module), class_name)
     return engine_class(Path(model), threads=1, context=ids.shape[1], prompts=(prompt,), batch=batch)
 def run(engine, rows):
-    prefilled = engine.prefill(np.ascontiguousarray(rows[:, :prompt]))
+    scored = engine.score(np.ascontiguousarray(rows[:, :prompt]))
+    prefilled = engine.prefill(np.ascontiguousarray(rows[:, :prompt]))[:, None]
     decoded = [engine.decode(np.ascontiguousarray(rows[:, index])) for index in range(prompt, rows.shape[1])]
-    return np.concatenate([prefilled, np.stack(decoded, axis=1)], axis=1)
+    return np.concatenate([scored[:, :-1], prefilled, np.stack(decoded, axis=1)], axis=1)
 one = engine(1)
 in_turn = {f"in_turn_{turn}": run(one, ids[[row]])[0] for turn, row in enumerate((0, 1, 0))}
-np.savez(folder / "logits.npz", at_once=one.prefill(ids[:1])[0], together=run(engine(2), ids), **in_turn)
+np.savez(folder / "logits.npz", at_once=one.score(ids[:1])[0], together=run(engine(2), ids), **in_turn)
 (folder / "facts.json").write_text(json.dumps(one.describe()))
 """
 
@@ -154,6 +155,9 @@ def test_sequences_side_by_side_are_as_they_are_alone(engine: str, computed: Com
 def test_engines_say_what_they_are(engine: str, computed: Computed) -> None:
     assert computed.facts["version"]
     assert computed.facts["instruction_set"]
+    if ENGINES[engine].precision == "fp32":
+        assert computed.facts["instruction_set"] not in ("amx", "avx512_vnni"), "these do not multiply fp32"
+    assert computed.facts["prefill_logits"] == "last"
     if engine == "openvino":
         precisions = ("inference_precision_hint", "kv_cache_precision", "dynamic_quantization_group_size")
         assert [computed.facts[name] for name in precisions] == ["f32", "f32", 0]

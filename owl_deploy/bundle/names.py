@@ -57,6 +57,10 @@ ATTENTION_BIAS = "attention_bias"
 query heads to a key-value head: 0 where a query may look, else a huge negative number. It is the Concat of G equal
 masks. Nothing else in the graph reads the attention mask, so an engine may cut the graph here."""
 
+LOGITS_FROM = "logits_from"
+"""An optional input of a graph, int64 [1]: the first position whose logits are computed, counted from the end where it
+is negative. Its default is 0; -1 is the last position alone, which is what generation needs of a prompt."""
+
 OPSET = 14
 """The oldest that has every operator needed; DeepSparse reads 14 to 19."""
 

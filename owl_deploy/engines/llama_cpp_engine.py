@@ -67,6 +67,7 @@ class LlamaCppEngine:
         return {
             "version": self._lib.__version__,
             "instruction_set": next((_INSTRUCTION_SETS[name] for name in _INSTRUCTION_SETS if name in compiled), ""),
+            "prefill_logits": "last",
             "kv_cache": "f16",
             "flash_attention": "auto",
             "batch_tokens": self._at_once,
@@ -80,10 +81,17 @@ class LlamaCppEngine:
         Raises:
             ValueError: `ids` do not fit the context.
         """
-        # The cells are only marked free: nothing reads what an earlier sequence left in them.
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._state), False)
-        self._length = 0
-        return self._append(ids)
+        self._begin()
+        return self._append(ids, every_position=False)[:, 0]
+
+    def score(self, ids: TokenIds) -> Logits:
+        """See `protocol.Engine`.
+
+        Raises:
+            ValueError: `ids` do not fit the context.
+        """
+        self._begin()
+        return self._append(ids, every_position=True)
 
     def decode(self, tokens: TokenIds) -> Logits:
         """See `protocol.Engine`.
@@ -91,24 +99,37 @@ class LlamaCppEngine:
         Raises:
             ValueError: the context is full.
         """
-        logits: Logits = self._append(tokens[:, None])[:, 0]
-        return logits
+        return self._append(tokens[:, None], every_position=False)[:, 0]
 
-    def _append(self, ids: TokenIds) -> Logits:
-        """Append `ids` [batch, new], in pieces of at most llama.cpp's batch; logits [batch, new, vocab]."""
+    def _begin(self) -> None:
+        # The cells are only marked free: nothing reads what an earlier sequence left in them.
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._state), False)
+        self._length = 0
+
+    def _append(self, ids: TokenIds, *, every_position: bool) -> NDArray[np.float32]:
+        """Append `ids` [batch, new], in pieces of at most llama.cpp's batch.
+
+        Returns logits [batch, positions, vocab], of every position or of the last one.
+        """
         sequences, new = ids.shape
         if not 0 < new <= self._context - self._length:
             raise ValueError(f"{new} tokens after {self._length} do not fit a context of {self._context}")
-        logits: Logits = np.empty((sequences, new, self._vocabulary), np.float32)
+        logits = np.empty((sequences, new if every_position else 1, self._vocabulary), np.float32)
         step = max(1, self._at_once // sequences)
+        filled = 0
         for first in range(0, new, step):
             piece = ids[:, first : first + step]
-            logits[:, first : first + step] = self._run(piece)
+            wanted = piece.shape[1] if every_position else int(first + step >= new)
+            logits[:, filled : filled + wanted] = self._run(piece, wanted)
+            filled += wanted
             self._length += piece.shape[1]
         return logits
 
-    def _run(self, ids: TokenIds) -> Logits:
-        """Run `ids` [batch, new] after what is in the cache; logits [batch, new, vocab], valid until the next run."""
+    def _run(self, ids: TokenIds, wanted: int) -> NDArray[np.float32]:
+        """Run `ids` [batch, new] after what is in the cache; the logits of the last `wanted` positions.
+
+        They are [batch, wanted, vocab], and valid until the next run.
+        """
         sequences, new = ids.shape
         count = sequences * new
         tokens = np.ascontiguousarray(ids, np.int32)
@@ -117,20 +138,23 @@ class LlamaCppEngine:
         lengths = np.ones(count, np.int32)
         lists = self._sequences.ctypes.data + self._sequences.itemsize * np.repeat(np.arange(sequences), new)
         lists = lists.astype(np.uintp)
-        wanted = np.ones(count, np.int8)
+        flags = np.tile((np.arange(new) >= new - wanted).astype(np.int8), sequences)
         batch = self._lib.llama_batch(
             n_tokens=count,
             token=_pointer(tokens, ctypes.c_int32),
             pos=_pointer(positions, ctypes.c_int32),
             n_seq_id=_pointer(lengths, ctypes.c_int32),
             seq_id=_pointer(lists, ctypes.POINTER(ctypes.c_int32)),
-            logits=_pointer(wanted, ctypes.c_int8),
+            logits=_pointer(flags, ctypes.c_int8),
         )
         code = self._lib.llama_decode(self._state, batch)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code} for {count} tokens ({_last_errors()})")
-        rows = self._lib.llama_get_logits(self._state)  # in the order of the tokens
-        return np.ctypeslib.as_array(rows, (sequences, new, self._vocabulary))
+        shape = sequences, wanted, self._vocabulary
+        if not wanted:
+            return np.empty(shape, np.float32)
+        # Those of the flagged tokens, in the order of the tokens.
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._state), shape)
 
 
 def _pointer(array: NDArray[Any], to: Any) -> Any:

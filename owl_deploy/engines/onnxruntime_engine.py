@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from owl_deploy.bundle.names import LOGITS_FROM
 from owl_deploy.engines.protocol import Logits, TokenIds
-from owl_deploy.machine.cpu import instruction_set
+from owl_deploy.machine.cpu import Widest, instruction_set
 
 
 class OnnxRuntimeEngine:
@@ -20,11 +21,16 @@ class OnnxRuntimeEngine:
     place: past and present are bound to one buffer of `context` tokens. Any other graph returns a longer cache
     each step, which becomes the next step's past without a copy of our own.
 
+    A graph without the input `LOGITS_FROM` computes the logits of every position, whoever asks.
+
     ONNX Runtime copies fp32 matrices when it loads them, rearranged for its kernels. Without `rearrange` it maps them
     from the file, which takes less time and memory where only a few tokens are run.
 
     With `profile`, a path, ONNX Runtime notes what each of its operators takes; see `end_profile`.
     """
+
+    widest: ClassVar[Widest] = "avx512"
+    """Of the instruction sets that its products of fp32 know."""
 
     def __init__(
         self,
@@ -47,9 +53,11 @@ class OnnxRuntimeEngine:
             options.profile_file_prefix = str(profile)
         self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        self._inputs = {value.name: value for value in inputs}
         self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
         self._caches = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self._selects_positions = LOGITS_FROM in self._inputs
         self._shares_cache = (graph.parent / "genai_config.json").is_file()
         self._ones = np.ones((batch, context), np.int64)
         self._positions = np.tile(np.arange(context, dtype=np.int64), (batch, 1))
@@ -67,38 +75,50 @@ class OnnxRuntimeEngine:
     def describe(self) -> dict[str, Any]:
         return {
             "version": onnxruntime.__version__,
-            "instruction_set": instruction_set(),
+            "instruction_set": instruction_set(self.widest),
+            "prefill_logits": "last" if self._selects_positions else "all",
             "shared_kv_buffer": self._shares_cache,
         }
 
     def prefill(self, ids: TokenIds) -> Logits:
+        self._begin()
+        return self._run(ids)[:, -1]
+
+    def score(self, ids: TokenIds) -> Logits:
+        self._begin()
+        return self._run(ids, every_position=True)
+
+    def _begin(self) -> None:
         self._length = 0
         if not self._shares_cache:
             for name in self._caches:
                 self._binding.bind_ortvalue_input(name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32)))
-        return self._run(ids)
 
     def decode(self, tokens: TokenIds) -> Logits:
-        logits: Logits = self._run(tokens[:, None])[:, 0]
-        return logits
+        return self._run(tokens[:, None])[:, -1]
 
     def end_profile(self) -> Path:
         """Write what was noted so far; the JSON file, whose name begins with `profile`."""
         return Path(self._session.end_profiling())
 
-    def _run(self, ids: TokenIds) -> Logits:
-        """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab]."""
+    def _run(self, ids: TokenIds, *, every_position: bool = False) -> Logits:
+        """Append `ids` [batch, new] to the sequences; logits [batch, positions, vocab].
+
+        These are of the last position alone, unless `every_position` is asked for or the graph knows no other way.
+        """
         new = ids.shape[1]
         total = self._length + new
         feeds = {
             "input_ids": ids,
             "attention_mask": self._ones[:, :total],
             "position_ids": self._positions[:, self._length : total],
+            LOGITS_FROM: np.array([0 if every_position else -1]),
         }
         for name, array in feeds.items():
             if name in self._inputs:
                 self._bind_input(name, np.ascontiguousarray(array))
-        logits: Logits = np.empty((self._batch, new, self._vocabulary), np.float32)
+        positions = new if every_position or not self._selects_positions else 1
+        logits: NDArray[np.float32] = np.empty((self._batch, positions, self._vocabulary), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         if not self._shares_cache:
             for name in self._caches:
@@ -127,6 +147,12 @@ class OnnxRuntimeEngine:
     def _cache_shape(self, name: str, tokens: int) -> tuple[int, int, int, int]:
         _, heads, _, head_size = self._inputs[name].shape
         return self._batch, heads, tokens, head_size
+
+
+class RoundedOnnxRuntimeEngine(OnnxRuntimeEngine):
+    """Runs `genai-int8/` and `genai-int4/`, whose products round their inputs to 8 bits and multiply integers."""
+
+    widest: ClassVar[Widest] = "avx512_vnni"
 
 
 def _present(past: str) -> str:

@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import openvino
+from openvino import opset8
 
+from owl_deploy.bundle.names import LOGITS_FROM
 from owl_deploy.engines.protocol import Logits, TokenIds
-from owl_deploy.machine.cpu import instruction_set
+from owl_deploy.machine.cpu import Widest, instruction_set
 
+_AFTER_PRODUCT = frozenset({"Add", "Multiply", "Divide", "Tanh", "Convert"})  # a bias, a cap on the logits
 _DESCRIBED = (
     "INFERENCE_PRECISION_HINT",
     "KV_CACHE_PRECISION",
@@ -26,6 +29,8 @@ _DESCRIBED = (
 class OpenVinoEngine:
     """`protocol.Engine` on OpenVINO's CPU plugin, as it is by default but for the latency hint and the threads.
 
+    As OpenVINO GenAI does, it lets the head see the last position of a prompt only.
+
     By default it computes in bf16 where the CPU can, keeps keys and values in 8 bits, and rounds the inputs of
     products with compressed weights to 8 bits: what its users get. `describe` says what it chose.
     """
@@ -33,12 +38,18 @@ class OpenVinoEngine:
     properties: ClassVar[dict[str, str | int]] = {}
     """What is set beside the hint and the threads."""
 
+    widest: ClassVar[Widest] = "amx"
+    """Of the instruction sets that its products know: of bf16 and of integers."""
+
     def __init__(
         self, model: Path, *, threads: int, context: int, prompts: tuple[int, ...] = (), batch: int = 1
     ) -> None:
         del context, prompts  # shapes are dynamic, and the cache grows
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **self.properties}
-        self._compiled = openvino.Core().compile_model(model, "CPU", properties)
+        core = openvino.Core()
+        graph = core.read_model(model)
+        self._selects_positions = _select_positions(graph)
+        self._compiled = core.compile_model(graph, "CPU", properties)
         self._request = self._compiled.create_infer_request()
         self._names = {name for value in self._compiled.inputs for name in value.names}
         self._vocabulary = self._compiled.output("logits").partial_shape[2].get_length()
@@ -48,19 +59,35 @@ class OpenVinoEngine:
     def describe(self) -> dict[str, Any]:
         """Beside the protocol's facts: the precisions it computes in and keeps its cache in."""
         facts = {name.lower(): _as_json(self._compiled.get_property(name)) for name in _DESCRIBED}
-        return {"version": openvino.__version__, "instruction_set": instruction_set(), **facts}
+        return {
+            "version": openvino.__version__,
+            "instruction_set": instruction_set(self.widest),
+            "prefill_logits": "last" if self._selects_positions else "all",
+            **facts,
+        }
 
     def prefill(self, ids: TokenIds) -> Logits:
-        self._request.reset_state()
-        self._length = 0
-        return self._run(ids)
-
-    def decode(self, tokens: TokenIds) -> Logits:
-        logits: Logits = self._run(tokens[:, None])[:, 0]
+        self._begin()
+        logits: Logits = self._run(ids)[:, -1]
         return logits
 
-    def _run(self, ids: TokenIds) -> Logits:
-        """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab]."""
+    def score(self, ids: TokenIds) -> Logits:
+        self._begin()
+        return self._run(ids, every_position=True)
+
+    def decode(self, tokens: TokenIds) -> Logits:
+        logits: Logits = self._run(tokens[:, None])[:, -1]
+        return logits
+
+    def _begin(self) -> None:
+        self._request.reset_state()
+        self._length = 0
+
+    def _run(self, ids: TokenIds, *, every_position: bool = False) -> Logits:
+        """Append `ids` [batch, new] to the sequences; logits [batch, positions, vocab].
+
+        These are of the last position alone, unless `every_position` is asked for or the graph knows no other way.
+        """
         new = ids.shape[1]
         total = self._length + new
         feeds = {
@@ -68,8 +95,10 @@ class OpenVinoEngine:
             "attention_mask": np.ones((self._batch, total), np.int64),
             "position_ids": np.tile(np.arange(self._length, total), (self._batch, 1)),
             "beam_idx": np.arange(self._batch, dtype=np.int32),
+            LOGITS_FROM: np.array([0 if every_position else -1]),
         }
-        logits: Logits = np.empty((self._batch, new, self._vocabulary), np.float32)
+        positions = new if every_position or not self._selects_positions else 1
+        logits: Logits = np.empty((self._batch, positions, self._vocabulary), np.float32)
         self._request.set_tensor("logits", openvino.Tensor(logits, shared_memory=True))  # written there, not copied
         self._request.infer({name: array for name, array in feeds.items() if name in self._names}, share_inputs=True)
         self._length = total
@@ -84,6 +113,27 @@ class OpenVinoFp32Engine(OpenVinoEngine):
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
+    widest: ClassVar[Widest] = "avx512"
+
+
+def _select_positions(graph: Any) -> bool:
+    """Let the head see the positions from a new input `LOGITS_FROM` on; False, and nothing changed, if there is none.
+
+    See `export.graphs.positions`, which does the same to an ONNX graph.
+    """
+    node = graph.output("logits").get_node().input_value(0).get_node()
+    while node.get_type_name() in _AFTER_PRODUCT:
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "MatMul":
+        return False
+    first = opset8.parameter([1], np.int64, LOGITS_FROM)
+    first.output(0).set_names({LOGITS_FROM})
+    last, step, axis = (opset8.constant([value], np.int64) for value in (np.iinfo(np.int64).max, 1, 1))
+    selected = opset8.slice(node.input_value(0), first, last, step, axis)
+    node.input(0).replace_source_output(selected.output(0))
+    graph.add_parameters([first])
+    graph.validate_nodes_and_infer_types()
+    return True
 
 
 def _as_json(value: Any) -> str | int:

@@ -53,17 +53,18 @@ class Sampling:
 def engine_logits(engine: Engine, ids: TokenIds) -> tuple[Logits, Logits]:
     """Logits of all but the last 16 tokens of `ids` [length] at once, and of these one by one, each [positions, vocab].
 
-    Every sequence of a larger batch is the same; the first one's logits count.
+    The last row of those at once is `prefill`'s, and its cache is decoded on: what is compared is also what is timed.
     """
-    at_once = engine.prefill(ids[None, :-DECODED_TOKENS])[0]
-    return at_once, np.stack(
+    scored = engine.score(ids[None, :-DECODED_TOKENS])[0]
+    prefilled = engine.prefill(ids[None, :-DECODED_TOKENS])
+    return np.concatenate([scored[:-1], prefilled]), np.stack(
         [engine.decode(ids[None, index])[0] for index in range(len(ids) - DECODED_TOKENS, len(ids))]
     )
 
 
 def window_loss(engine: Engine, window: TokenIds) -> float:
     """Mean cross-entropy, in nats, of one window's `length - 1` predictions."""
-    logits = engine.prefill(window[None])[0, :-1]
+    logits = engine.score(window[None])[0, :-1]
     peak = logits.max(axis=1, keepdims=True)
     log_sum = np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
     chosen: NDArray[np.float32] = np.take_along_axis(logits, window[1:, None], axis=1)[:, 0]
@@ -84,7 +85,7 @@ def timed_generation(
         return chosen.astype(np.int64)
 
     start = time.perf_counter()
-    tokens = choose(engine.prefill(prompts)[:, -1])
+    tokens = choose(engine.prefill(prompts))
     ttft_ms = (time.perf_counter() - start) * 1e3
     generated, decode_ms = [tokens], []
     energy_before = cpu_energy_uj()

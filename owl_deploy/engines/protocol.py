@@ -1,4 +1,4 @@
-"""What an engine is: three methods. A new engine is one module that holds such a class.
+"""What an engine is: four methods. A new engine is one module that holds such a class.
 
 Engines run in a worker process under their own interpreter (`worker.py`), so this module and every engine
 import only the standard library, numpy and the engine itself.
@@ -33,10 +33,23 @@ class Engine(Protocol):
     ) -> None: ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the row, as JSON: at least `version` and `instruction_set`."""
+        """Facts for the row, as JSON: at least `version`, `instruction_set` and `prefill_logits`.
+
+        `instruction_set` is the widest that the engine's own products may use on this CPU. `prefill_logits` is "last"
+        where `prefill` computes what it returns and no more, "all" where the head runs on the whole prompt.
+        """
 
     def prefill(self, ids: TokenIds) -> Logits:
+        """Start new sequences with `ids` [batch, length]; the logits of their last position, [batch, vocab].
+
+        This is what a server waits for before the first token, and what is timed.
+        """
+
+    def score(self, ids: TokenIds) -> Logits:
         """Start new sequences with `ids` [batch, length]; the logits of every position, [batch, length, vocab]."""
 
     def decode(self, tokens: TokenIds) -> Logits:
-        """Append one token to each sequence, `tokens` [batch]; the logits that follow them, [batch, vocab]."""
+        """Append one token to each sequence, `tokens` [batch]; the logits that follow them, [batch, vocab].
+
+        The sequences are those that `prefill` or `score` started last.
+        """

@@ -116,7 +116,7 @@ ENGINES = {
             EngineSpec(
                 name=f"onnxruntime-{precision_of(flavor)}",
                 module="owl_deploy.engines.onnxruntime_engine",
-                class_name="OnnxRuntimeEngine",
+                class_name="RoundedOnnxRuntimeEngine",
                 flavors=(flavor,),
                 environment=None,
                 package="onnxruntime",

@@ -24,4 +24,6 @@ class SparseEngine(OnnxRuntimeEngine):
         return options
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"kernels": chosen_kernels()}
+        """The instruction set is that of our kernels; matrices that stay dense fp32 are ONNX Runtime's."""
+        kernels = chosen_kernels()
+        return super().describe() | {"instruction_set": kernels, "kernels": kernels}

@@ -6,17 +6,24 @@ Shapes: L new tokens, S tokens that the cache and the new ones fill together; ba
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
-from owl_deploy.bundle.names import ATTENTION_BIAS
+from owl_deploy.bundle.names import ATTENTION_BIAS, LOGITS_FROM
+
+Part = Literal["whole", "body", "head"]
+"""Of a graph: all of it, up to the hidden states that its head reads, or from these to the logits."""
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class StaticGraphs:
     """Makes variants of one graph that differ in L and share S, and the graph's external data.
+
+    Where the graph lets its head see some positions only, it can be cut in two there: one body of L tokens then serves
+    for prompts, whose last logits are needed, and for text whose logits are needed everywhere.
 
     Args:
         graph: an ONNX file with the inputs and outputs of optimum's text-generation-with-past graphs.
@@ -27,6 +34,7 @@ class StaticGraphs:
         self._folder = graph.parent
         self._model: ModelProto = onnx.load(str(graph), load_external_data=False)
         self.total = total
+        self._hidden = self._join_head()
         self.past = [value.name for value in self._model.graph.input if value.name.startswith(_PAST)]
         self.outputs = [value.name for value in self._model.graph.output]
         self.present = [name.replace(_PAST, _PRESENT) for name in self.past]
@@ -34,6 +42,11 @@ class StaticGraphs:
         cut = self._producers.get(ATTENTION_BIAS)
         self.query_groups = len(cut.input) if cut else None
         """G where variants take `attention_bias` [1, 1, G * L, S]; None where they take `attention_mask` [1, S]."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is a body and a head."""
+        return self._hidden is not None
 
     @property
     def counts_positions(self) -> bool:
@@ -47,14 +60,39 @@ class StaticGraphs:
         _, heads, _, head_dim = (dimension.dim_value for dimension in past.type.tensor_type.shape.dim)
         return 1, heads, length, head_dim
 
-    def write(self, folder: Path, new: int) -> Path:
-        """Write the variant that takes `new` tokens (L) into `folder`, with links to the data it refers to."""
+    def _join_head(self) -> ValueInfoProto | None:
+        """Give the head every position, without a Slice between; the hidden states it reads, [1, L, D].
+
+        None where there is no such Slice, or the head's matrix is not a plain initializer.
+        """
+        graph = self._model.graph
+        selection = next((node for node in graph.node if LOGITS_FROM in node.input), None)
+        if selection is None:
+            return None
+        (selected,), hidden = selection.output, selection.input[0]
+        (head,) = (node for node in graph.node if selected in node.input)
+        head.input[0] = hidden
+        graph.node.remove(selection)
+        widths = [tensor.dims[0] for tensor in graph.initializer if tensor.name == head.input[1]]
+        return helper.make_tensor_value_info(hidden, onnx.TensorProto.FLOAT, [1, "L", widths[0]]) if widths else None
+
+    def write(self, folder: Path, new: int, part: Part = "whole") -> Path:
+        """Write the variant that takes `new` tokens (L) into `folder`, with links to the data it refers to.
+
+        Args:
+            part: "body" and "head" if the graph `has_parts`.
+        """
         source = self._model.graph
         inputs = [self._fixed(value, new) for value in source.input]
+        logits, *presents = (self._fixed(value, new) for value in source.output)
+        outputs = [logits, *presents]
+        if part != "whole":
+            assert self._hidden is not None
+            hidden = self._fixed(self._hidden, new)
+            inputs, outputs = (inputs, [hidden, *presents]) if part == "body" else ([hidden], [logits])
         if self.query_groups is not None:
             bias_shape = [1, 1, self.query_groups * new, self.total]
             inputs.append(helper.make_tensor_value_info(ATTENTION_BIAS, onnx.TensorProto.FLOAT, bias_shape))
-        outputs = [self._fixed(value, new) for value in source.output]
         nodes = self._needed({value.name for value in outputs}, {value.name for value in inputs})
         read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
@@ -69,7 +107,7 @@ class StaticGraphs:
             entry.value for t in graph.initializer for entry in t.external_data if entry.key == "location"
         }:
             (folder / location).symlink_to((self._folder / location).resolve())
-        path = folder / f"{new}_of_{self.total}.onnx"
+        path = folder / f"{part}_{new}_of_{self.total}.onnx"
         path.write_bytes(model.SerializeToString())
         return path
 
@@ -83,7 +121,7 @@ class StaticGraphs:
             shape = self.cache_shape(self.total)
         elif value.name == "attention_mask":
             shape = (1, self.total)
-        else:  # input_ids, position_ids; logits, whose last dimension is known
+        else:  # input_ids, position_ids; logits and hidden states, whose last dimension is known
             shape = (1, new, *(dimension.dim_value for dimension in tensor.shape.dim[2:]))
         return helper.make_tensor_value_info(value.name, tensor.elem_type, shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class TorchEngine:
         torch.set_num_threads(threads)
         self._model = AutoModelForCausalLM.from_pretrained(model.parent, dtype=torch.float32, local_files_only=True)
         self._model.eval()
+        self._selects_positions = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._length = 0
 
     def describe(self) -> dict[str, Any]:
@@ -30,24 +32,34 @@ class TorchEngine:
         return {
             "version": torch.__version__,
             "instruction_set": torch.backends.cpu.get_cpu_capability().lower(),
+            "prefill_logits": "last" if self._selects_positions else "all",
             "attention": self._model.config._attn_implementation,
         }
 
     def prefill(self, ids: TokenIds) -> Logits:
-        self._length = 0
-        self._cache: Any = self._empty_cache()
+        self._begin()
+        last = {"logits_to_keep": 1} if self._selects_positions else {}
+        logits: Logits = self._run(self._model, ids, **last)[:, -1]
+        return logits
+
+    def score(self, ids: TokenIds) -> Logits:
+        self._begin()
         return self._run(self._model, ids)
 
     def decode(self, tokens: TokenIds) -> Logits:
         logits: Logits = self._run(self._model, tokens[:, None])[:, 0]
         return logits
 
+    def _begin(self) -> None:
+        self._length = 0
+        self._cache: Any = self._empty_cache()
+
     def _empty_cache(self) -> Any:
         return DynamicCache(config=self._model.config)
 
     @torch.no_grad()
-    def _run(self, forward: Any, ids: TokenIds) -> Logits:
-        """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab]."""
+    def _run(self, forward: Any, ids: TokenIds, **options: int) -> Logits:
+        """Append `ids` [batch, new] to the sequences; logits [batch, new, vocab], or as `options` have it."""
         total = self._length + ids.shape[1]
         fixed = torch.empty(ids.shape, dtype=torch.int64)  # its strides are compiled in: those of `ids` vary
         output = forward(
@@ -55,6 +67,7 @@ class TorchEngine:
             cache_position=torch.arange(self._length, total),
             past_key_values=self._cache,
             use_cache=True,
+            **options,
         )
         self._length = total
         logits: Logits = output.logits.numpy()

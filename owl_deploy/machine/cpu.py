@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Literal
+
+Widest = Literal["amx", "avx512_vnni", "avx512"]
+"""VNNI and AMX multiply integers, AMX also bf16: products of fp32 end with AVX-512."""
 
 # The widest vector instruction sets first, by their flag in /proc/cpuinfo.
 _INSTRUCTION_SETS = (
@@ -31,6 +35,8 @@ def instruction_sets() -> list[str]:
     return [name for flag, name in _INSTRUCTION_SETS if flag in flags]
 
 
-def instruction_set() -> str:
-    """The widest instruction set of this CPU; what an engine makes of it is the engine's own choice."""
-    return next(iter(instruction_sets()), platform.machine())
+def instruction_set(widest: Widest = "amx") -> str:
+    """The widest instruction set of this CPU that is no wider than `widest`, the widest a program has kernels for."""
+    names = [name for _, name in _INSTRUCTION_SETS]
+    usable = names[names.index(widest) :]
+    return next((name for name in instruction_sets() if name in usable), platform.machine())

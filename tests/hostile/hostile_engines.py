@@ -37,10 +37,13 @@ class Honest:
         self.length = ids.shape[1]
         self.is_checked = np.array_equal(ids[0], self.passage[: self.length])
         self.generations += not self.is_checked
-        logits = self.table[ids % VOCABULARY]
+        logits = self.table[ids[:, -1] % VOCABULARY]
         if self.is_checked:
-            logits[0, -1] = self.right[self.length - 1]
+            logits[0] = self.right[self.length - 1]
         return logits
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        return self.table[ids % VOCABULARY]
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         self.length += 1
@@ -105,6 +108,9 @@ class NotANumber(Honest):
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         return np.full_like(super().prefill(ids), np.nan)
 
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        return np.full_like(super().score(ids), np.nan)
+
 
 class Mute(Honest):
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -115,6 +121,9 @@ class Mute(Honest):
 class Narrow(Honest):
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         return super().prefill(ids)[..., 1:]
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        return super().score(ids)[..., 1:]
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         return super().decode(tokens)[..., 1:]

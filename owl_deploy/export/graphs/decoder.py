@@ -24,6 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from owl_deploy.bundle.names import ATTENTION_BIAS, IR_VERSION, OPSET
 from owl_deploy.bundle.tensors import CheckpointTensors, ExternalData, transposed
+from owl_deploy.export.graphs.positions import select_positions
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # the others depend on the sequence's length
@@ -89,6 +90,7 @@ def write_decoder_graph(config: PretrainedConfig, tensors: CheckpointTensors, pa
     """
     with ExternalData(path.with_name(f"{path.name}.data")) as data:
         model = _Decoder(config, tensors, data).build()
+    select_positions(model)
     path.write_bytes(model.SerializeToString())
 
 

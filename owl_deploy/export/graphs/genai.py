@@ -12,7 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import onnx
+
 from owl_deploy.errors import UnsupportedFamily, UserError, first_line
+from owl_deploy.export.graphs.positions import select_positions
 
 
 def write_genai_fp32(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:
@@ -60,6 +63,10 @@ def write_genai(
         if has_tokenizer or not written:
             reason = first_line(error)
             raise UserError(f"{checkpoint}: onnxruntime-genai's builder failed ({reason})") from error
+    path = out / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    select_positions(model)
+    path.write_bytes(model.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from owl_deploy.bundle.names import IR_VERSION, OPSET
 from owl_deploy.bundle.tensors import ExternalData
 from owl_deploy.errors import UnsupportedFamily
+from owl_deploy.export.graphs.positions import select_positions
 
 _SMALL_BYTES = 1024  # shapes and scalars stay in the model file, where shape inference can read them
 
@@ -45,6 +46,7 @@ def write_optimum_graph(checkpoint: Path, config: PretrainedConfig, path: Path) 
                     tensor.CopyFrom(data.add(tensor.name, values))
                 else:
                     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    select_positions(model)
     path.write_bytes(model.SerializeToString())
 
 
