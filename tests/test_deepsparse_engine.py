@@ -150,6 +150,31 @@ def test_a_static_graph_has_no_free_dimension_and_shares_the_data(tmp_path: Path
     assert (folder / "model.onnx.data").resolve() == tmp_path / "model.onnx.data"
 
 
+def test_a_body_and_a_head_compute_what_the_whole_graph_does(tmp_path: Path) -> None:
+    graphs = StaticGraphs(export(LlamaConfig(**SIZES, num_key_value_heads=2), tmp_path), total=8)
+    assert graphs.has_parts
+    sessions = {}
+    for part, new in (("whole", 3), ("body", 3), ("head", 3), ("head", 1)):
+        folder = tmp_path / f"{part}_{new}"
+        folder.mkdir()
+        variant = graphs.write(folder, new, part)
+        data = folder / "model.onnx.data"
+        data.unlink()  # ONNX Runtime follows no link
+        shutil.copy(tmp_path / data.name, data)
+        sessions[part, new] = onnxruntime.InferenceSession(variant, providers=["CPUExecutionProvider"])
+    bias = np.where(np.arange(8) <= np.arange(5, 8)[:, None], 0, np.finfo(np.float32).min).astype(np.float32)
+    feed: dict[str, Any] = dict.fromkeys(graphs.past, np.zeros(graphs.cache_shape(5), np.float32))
+    feed |= {"input_ids": [[7, 8, 9]], "position_ids": [[0, 1, 2]], "attention_bias": np.tile(bias, (1, 1, 2, 1))}
+    whole, *cache = sessions["whole", 3].run(None, feed)
+    hidden, *same_cache = sessions["body", 3].run(None, feed)
+    assert hidden.shape == (1, 3, SIZES["hidden_size"])
+    for expected, actual in zip(cache, same_cache, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    (name,) = (value.name for value in sessions["head", 3].get_inputs())
+    np.testing.assert_allclose(sessions["head", 3].run(None, {name: hidden})[0], whole, atol=1e-5)
+    np.testing.assert_allclose(sessions["head", 1].run(None, {name: hidden[:, -1:]})[0], whole[:, -1:], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -299,6 +299,14 @@ def test_half_a_character_comes_last() -> None:
     assert "x" + stream.rest() == tokenizer.decode(ids)
 
 
+def test_bytes_that_are_no_text_do_not_end_it() -> None:
+    tokenizer = byte_fallback()
+    for seed in range(100):
+        stream = TextStream(tokenizer)
+        ids = [*np.random.default_rng(seed).integers(0, len(tokenizer), 30).tolist(), 256, 256]
+        assert ("".join(map(stream.push, ids)) + stream.rest()).endswith(" owl owl")
+
+
 def test_special_tokens_are_no_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     stream = TextStream(tiny_tokenizer)
     assert [stream.push(token) for token in (5, 0, 6)] == ["word4", "", " word5"]

@@ -27,7 +27,8 @@ class Generation:
     Attributes:
         new_tokens: those of the text; the stop token is none of them.
         finish: why it ends: at a stop token, after as many tokens as were asked for, or where the context is full.
-        ttft_ms: from the prompt's ids to the first new token's id.
+        ttft_ms: from the prompt's ids to the first new token's id. It includes the logits of every position of the
+            prompt, which onnxruntime-genai asks for; `bench` times an engine that computes the last one's alone.
         decode_ms_p50, decode_tokens_per_s: over the steps after the first; None if there were none.
         seed: None where nothing was left to chance.
     """

@@ -56,6 +56,10 @@ class TextStream:
 
     A character may take several tokens, and a token's text depends on whether another stands before it. So a piece is
     what a token adds to the text of the tokens of the piece before, and comes when its last character is whole.
+
+    Of bytes that are no UTF-8, which sampling may draw, the text is approximate: a tokenizer with byte fallback takes
+    back what it said of them before. `tokenizers.decoders.DecodeStream` (0.22) works the same way, but raises there,
+    has no `rest`, and needs a fast tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
