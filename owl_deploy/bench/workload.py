@@ -19,6 +19,8 @@ from owl_deploy.machine.description import cpu_model
 from owl_deploy.machine.threads import available_cores
 from owl_deploy.records import fingerprint
 
+_TIMED = "prefill to the last position's logits"  # rounds whose prefill computed every position's are measured again
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -60,7 +62,7 @@ class Workload:
     def fingerprint(self) -> str:
         """Equal for workloads whose timings may stand for each other."""
         sampling = self.end_to_end.sampling if self.end_to_end else None
-        return fingerprint([self.prompt, self.new_tokens, self.threads, self.batch, repr(sampling)])
+        return fingerprint([_TIMED, self.prompt, self.new_tokens, self.threads, self.batch, repr(sampling)])
 
     def checks_fingerprint(self) -> str:
         """Equal for workloads whose perplexity and parity may stand for each other."""
