@@ -48,7 +48,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint install engines peers other-tools cross browser clean
+.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint docs wheel install engines peers other-tools cross browser clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with the path of the report
 	$(BIN)/owl-deploy bench --sweep demo --engines onnxruntime,deepsparse $(DEMO_SCALE) \
@@ -103,7 +103,7 @@ kernels: install  ## the sparse kernels alone, by format, instruction set and de
 	$(BIN)/python benchmarks/kernels.py kernels
 
 test: install  ## lint, types, and every test
-	$(MAKE) --no-print-directory --jobs 2 engines peers other-tools cross browser lint
+	$(MAKE) --no-print-directory --jobs 2 engines peers other-tools cross browser wheel lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-peers: install peers  ## llama.cpp too, which is compiled first: many minutes
@@ -115,6 +115,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: install  ## the documentation, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# As a user gets it: built, and installed in an environment of its own, from which it is then run.
+wheel: install  ## the wheel, in dist/
+	rm -rf dist .venvs/wheel
+	$(BIN)/$(subst install,wheel,$(PIP)) --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venvs/wheel
+	.venvs/wheel/bin/$(PIP) torch==2.13.0
+	.venvs/wheel/bin/$(PIP) dist/*.whl
+	cd dist && ../.venvs/wheel/bin/owl-deploy --version && ../.venvs/wheel/bin/owl-deploy engines list --json >/dev/null && \
+	  ../.venvs/wheel/bin/python -c "from owl_deploy.sparse.library import library_path; library_path()"
 
 install: $(VENV)/.ready
 engines: install
@@ -167,4 +180,4 @@ browser: | cross
 	  echo "$@: chromium is not here: the HTML report will not be tested in a browser"
 
 clean:
-	rm -rf $(VENV) .venvs build $(OUT) $(LARGE) owl_deploy/sparse/libowl_sparse.so
+	rm -rf $(VENV) .venvs build dist site $(OUT) $(LARGE) owl_deploy/sparse/libowl_sparse.so

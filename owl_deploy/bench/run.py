@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,15 +51,15 @@ class Request:
         dense_only: engines that are measured on dense bundles alone.
     """
 
-    prompts: tuple[int, ...]
-    batches: tuple[int, ...]
-    new_tokens: int
-    repetitions: int
-    threads: int
-    text: str | None
-    seqlen: int | None
-    windows: int
-    max_load: float
+    prompts: tuple[int, ...] = (512,)
+    batches: tuple[int, ...] = (1,)
+    new_tokens: int = 128
+    repetitions: int = 5
+    threads: int = field(default_factory=available_cores)
+    text: str | None = None
+    seqlen: int | None = None
+    windows: int = 16
+    max_load: float = 1.0
     timeout_s: float = REQUEST_TIMEOUT_S
     end_to_end: bool = False
     dense_only: tuple[EngineSpec, ...] = ()

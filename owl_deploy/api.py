@@ -1,0 +1,177 @@
+"""The commands as functions of Python: `import owl_deploy` has them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from owl_deploy.bench.rows import Row
+from owl_deploy.bench.run import Request, bench_bundles
+from owl_deploy.bundle.manifest import BundleManifest, read_bundle
+from owl_deploy.bundle.names import Flavor
+from owl_deploy.engines.registry import installed_engines
+from owl_deploy.evaluation.perplexity import perplexity
+from owl_deploy.export.run import export_checkpoint
+from owl_deploy.generation.model import Sampling
+from owl_deploy.generation.run import Generation, generate_text
+from owl_deploy.machine.threads import available_cores
+from owl_deploy.models.load import context_length, load_model, load_tokenizer
+from owl_deploy.models.source import resolve_model
+from owl_deploy.pruning.manifest import PruningManifest
+from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.pruning.run import Calibration, Evaluation, Execution, prune_checkpoint
+from owl_deploy.report.write import write_report
+from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.sparse.formats import Head
+from owl_deploy.text.windows import check_windows, evaluation_windows
+
+AnyPath = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An export bundle on disk: its directory, and what `bundle.json` says of it."""
+
+    path: Path
+    manifest: BundleManifest
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        flavor: Flavor | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # frozen
+        threads: int | None = None,
+        system: str | None = None,
+        chat: bool = True,
+    ) -> Generation:
+        """Answer `prompt`, or continue it where there is no chat template or not `chat`, as `owl-deploy generate` does.
+
+        Args:
+            flavor: the graph to run; None for the smallest there is.
+            sampling: greedy unless its temperature is above 0.
+            threads: None for all cores.
+            system: what the chat template's system says.
+
+        Raises:
+            UserError: the bundle has no tokenizer or no such flavor, or the prompt is too long.
+        """
+        return generate_text(
+            self.path,
+            prompt,
+            flavor=flavor,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            threads=threads or available_cores(),
+            system=system,
+            chat=chat,
+        )
+
+
+def prune(
+    model: str,
+    output: AnyPath,
+    plan: PruningPlan,
+    calibration: Calibration = Calibration(),  # frozen
+    *,
+    evaluation: Evaluation | None = None,
+    execution: Execution = Execution(),  # frozen
+    reporter: Reporter = SILENT,
+) -> PruningManifest:
+    """Write a sparse checkpoint, as `owl-deploy prune` does; one that is there from the same inputs is not made again.
+
+    Args:
+        model: a hub id, a directory, a `.gguf` file, or `demo`.
+        output: a new directory.
+        evaluation: also measure perplexity before and after, on this text.
+
+    Raises:
+        UserError: something is wrong with the model, the text or the output directory, which is then not there.
+    """
+    return prune_checkpoint(
+        resolve_model(model),
+        Path(output),
+        plan,
+        calibration,
+        evaluation=evaluation,
+        execution=execution,
+        reporter=reporter,
+    )
+
+
+def evaluate(
+    model: str, text: str, *, seqlen: int | None = None, windows: int | None = None, reporter: Reporter = SILENT
+) -> float:
+    """Perplexity of a model in torch, fp32, as `owl-deploy evaluate` measures it.
+
+    Args:
+        text: `wikitext2`, `c4`, `demo`, a `.txt`, `.jsonl` or `.parquet` file, or a `.npy` file of ids [n, length].
+        seqlen: tokens of a window; None for 2048, or the length that a `.npy` file has.
+        windows: how many windows of the text, from its beginning; None for all.
+
+    Raises:
+        UserError: something is wrong with the model or the text.
+    """
+    source = resolve_model(model)
+    tokens = evaluation_windows(text, load_tokenizer(source), seqlen=seqlen, limit=windows)
+    loaded = load_model(source, torch.float32)
+    check_windows(tokens, vocabulary=loaded.config.vocab_size, context=context_length(loaded))
+    return perplexity(loaded, tokens.ids, reporter)
+
+
+def export(
+    checkpoint: AnyPath,
+    output: AnyPath,
+    flavors: Sequence[Flavor] = ("standard", "genai", "sparse-packed32"),
+    *,
+    head: Head | None = None,
+    reporter: Reporter = SILENT,
+) -> Bundle:
+    """Write checked ONNX graphs into a bundle, as `owl-deploy export` does; flavors that are there are not made again.
+
+    Args:
+        head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
+
+    Raises:
+        UserError: the checkpoint cannot be read or exported, or `output` is in use.
+        CheckFailed: a graph does not compute what the checkpoint computes; no bundle is left.
+    """
+    manifest = export_checkpoint(Path(checkpoint), Path(output), flavors, head=head, reporter=reporter)
+    return Bundle(Path(output), manifest)
+
+
+def load_bundle(path: AnyPath) -> Bundle:
+    """A bundle that `export` has written.
+
+    Raises:
+        UserError: the directory is not a bundle, or `bundle.json` is damaged.
+    """
+    return Bundle(Path(path), read_bundle(Path(path)))
+
+
+def bench(
+    bundles: Sequence[AnyPath],
+    output: AnyPath,
+    *,
+    engines: str = "onnxruntime",
+    request: Request = Request(),  # frozen
+    reporter: Reporter = SILENT,
+) -> list[Row]:
+    """Measure engines on bundles, as `owl-deploy bench` does; rows and report go to the directory `output`.
+
+    Args:
+        engines: a comma-separated list, as `owl-deploy engines list` names them.
+        request: what to time, on which text, in how many rounds.
+
+    Raises:
+        UserError: a bundle is not one, an engine is unknown or not installed, or the machine is busy.
+    """
+    paths = [Path(bundle) for bundle in bundles]
+    rows = bench_bundles(paths, installed_engines(engines), request, Path(output), reporter=reporter)
+    write_report(rows, Path(output), command=f"owl_deploy.bench({[str(path) for path in paths]}, engines={engines!r})")
+    return rows
