@@ -1,4 +1,4 @@
-"""What the pages take from the rest of the repository: each command's options, and recorded pictures."""
+"""What the pages take from the rest of the repository: each command's options, recorded tables and pictures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from mkdocs.structure.files import File, Files
 from owl_deploy.cli.app import app
 
 _ROOT = Path(__file__).parents[1]
-_PLACE = re.compile(r"^\{\{ options of (\w+) \}\}$", re.MULTILINE)
+_OPTIONS = re.compile(r"^\{\{ options of (\w+) \}\}$", re.MULTILINE)
+_TABLE = re.compile(r"^\{\{ table of (\S+) \}\}$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `{{ options of COMMAND }}` on a page by what its `--help` says."""
-    return _PLACE.sub(lambda place: _options(place[1]), markdown)
+    """Replace `{{ options of COMMAND }}` by what its `--help` says, `{{ table of FILE }}` by the first table of FILE."""
+    markdown = _OPTIONS.sub(lambda place: _options(place[1]), markdown)
+    return _TABLE.sub(lambda place: _first_table(_ROOT / place[1]), markdown)
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
@@ -37,3 +39,8 @@ def _options(command: str) -> str:
         obj=group.commands[command], ctx=context, name=command, indent=1, call_prefix="owl-deploy"
     )
     return text
+
+
+def _first_table(report: Path) -> str:
+    rows = report.read_text(encoding="utf-8").partition("\n| ")[2].splitlines()
+    return "| " + "\n".join(rows[: next((at for at, row in enumerate(rows) if not row), len(rows))])
