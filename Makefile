@@ -124,8 +124,8 @@ wheel: install  ## the wheel, in dist/
 	rm -rf dist .venvs/wheel
 	$(BIN)/$(subst install,wheel,$(PIP)) --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venvs/wheel
-	.venvs/wheel/bin/$(PIP) torch==2.13.0
-	.venvs/wheel/bin/$(PIP) dist/*.whl
+	.venvs/wheel/bin/$(PIP) -c constraints.txt torch
+	.venvs/wheel/bin/$(PIP) -c constraints.txt dist/*.whl
 	cd dist && ../.venvs/wheel/bin/owl-deploy --version && ../.venvs/wheel/bin/owl-deploy engines list --json >/dev/null && \
 	  ../.venvs/wheel/bin/python -c "from owl_deploy.sparse.library import library_path; library_path()"
 

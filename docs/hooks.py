@@ -20,7 +20,7 @@ _TABLE = re.compile(r"^\{\{ table of (\S+) \}\}$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `{{ options of COMMAND }}` by what its `--help` says, `{{ table of FILE }}` by the first table of FILE."""
+    """Replace `{{ options of COMMAND }}` by what its `--help` says, `{{ table of FILE }}` by the file's first table."""
     markdown = _OPTIONS.sub(lambda place: _options(place[1]), markdown)
     return _TABLE.sub(lambda place: _first_table(_ROOT / place[1]), markdown)
 

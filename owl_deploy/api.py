@@ -24,7 +24,7 @@ from owl_deploy.models.source import resolve_model
 from owl_deploy.pruning.manifest import PruningManifest
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, Evaluation, Execution, prune_checkpoint
-from owl_deploy.report.write import write_report
+from owl_deploy.report.write import renew_report
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.sparse.formats import Head
 from owl_deploy.text.windows import check_windows, evaluation_windows
@@ -172,6 +172,7 @@ def bench(
         UserError: a bundle is not one, an engine is unknown or not installed, or the machine is busy.
     """
     paths = [Path(bundle) for bundle in bundles]
-    rows = bench_bundles(paths, installed_engines(engines), request, Path(output), reporter=reporter)
-    write_report(rows, Path(output), command=f"owl_deploy.bench({[str(path) for path in paths]}, engines={engines!r})")
+    there = {flavor for path in paths for flavor in read_bundle(path).flavors}
+    rows = bench_bundles(paths, installed_engines(engines, there), request, Path(output), reporter=reporter)
+    renew_report(Path(output), command=f"owl_deploy.bench({[str(path) for path in paths]}, engines={engines!r})")
     return rows
