@@ -139,7 +139,8 @@ def engines_directory(home: Path = _HOME) -> Path:
 def process_variables(environment: Environment | None) -> dict[str, str]:
     """The variables that a program of this virtual environment is started with; None stands for our own."""
     variables = {**os.environ, **dict(environment.variables if environment else ())}
-    variables.pop("PYTHONPATH", None)  # another interpreter's packages
+    if environment is not None:
+        variables.pop("PYTHONPATH", None)  # our interpreter's packages
     return variables
 
 
