@@ -37,10 +37,10 @@ from typing import Any
 from random_checkpoint import add_geometry, geometry, write_random
 from rich.console import Console
 
-from owl_deploy.bench.processes import Processes
-from owl_deploy.bench.rows import RESULTS, read_rows
-from owl_deploy.bench.run import Request, bench_bundles
-from owl_deploy.bench.sweep import Level, make_level, prune_level
+from owl_deploy.benchmarking.processes import Processes
+from owl_deploy.benchmarking.rows import RESULTS, read_rows
+from owl_deploy.benchmarking.run import Request, bench_bundles
+from owl_deploy.benchmarking.sweep import Level, make_level, prune_level
 from owl_deploy.bundle.manifest import MANIFEST, read_bundle
 from owl_deploy.bundle.names import weights_of
 from owl_deploy.engines.registry import EngineSpec, engine_spec, installed_engines

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from owl_deploy.bench.rows import read_rows
+from owl_deploy.benchmarking.rows import read_rows
 
 
 def main(results: Path) -> None:

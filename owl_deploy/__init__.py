@@ -16,8 +16,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from owl_deploy.api import Bundle, bench, evaluate, export, load_bundle, prune
-    from owl_deploy.bench.rows import Row
-    from owl_deploy.bench.run import Request
+    from owl_deploy.benchmarking.rows import Row
+    from owl_deploy.benchmarking.run import Request
     from owl_deploy.errors import CheckFailed, UserError
     from owl_deploy.generation.model import Sampling
     from owl_deploy.pruning.plan import NM, PruningPlan
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # What is imported on first use, and from where: torch and transformers take seconds, `owl-deploy --help` none.
 _HOMES = {
     "api": ("Bundle", "bench", "evaluate", "export", "load_bundle", "prune"),
-    "bench.rows": ("Row",),
-    "bench.run": ("Request",),
+    "benchmarking.rows": ("Row",),
+    "benchmarking.run": ("Request",),
     "errors": ("CheckFailed", "UserError"),
     "generation.model": ("Sampling",),
     "pruning.plan": ("NM", "PruningPlan"),

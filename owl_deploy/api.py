@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from owl_deploy.bench.rows import Row
-from owl_deploy.bench.run import Request, bench_bundles
+from owl_deploy.benchmarking.rows import Row
+from owl_deploy.benchmarking.run import Request, bench_bundles
 from owl_deploy.bundle.manifest import BundleManifest, read_bundle
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.evaluation.perplexity import perplexity
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.generation.model import Sampling
 from owl_deploy.generation.run import Generation, generate_text
 from owl_deploy.machine.threads import available_cores

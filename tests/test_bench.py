@@ -13,15 +13,15 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from owl_deploy.bench import checks, measure
-from owl_deploy.bench.rows import Row, read_rows
-from owl_deploy.bench.workload import Configuration
+from owl_deploy.benchmarking import checks, measure
+from owl_deploy.benchmarking.rows import Row, read_rows
+from owl_deploy.benchmarking.workload import Configuration
 from owl_deploy.bundle.expected import EXPECTED, read_expected, write_expected
 from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import ENGINES, engine_spec, named_engines
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.sparse import library
 

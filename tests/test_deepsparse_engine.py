@@ -29,7 +29,7 @@ from transformers import (
 from owl_deploy.engines.deepsparse_engine import DeepSparseEngine
 from owl_deploy.engines.static_graphs import StaticGraphs
 from owl_deploy.errors import UserError
-from owl_deploy.export.graphs.standard import write_standard
+from owl_deploy.exporting.graphs.standard import write_standard
 
 from .conftest import run_in
 

@@ -21,7 +21,7 @@ from owl_deploy.engines.environments import Environment, engines_directory, find
 from owl_deploy.engines.probe import Sampling
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.machine.energy import cpu_energy_uj
 from owl_deploy.sparse import library
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.bench.executors import run_here, run_on_ray
+from owl_deploy.benchmarking.executors import run_here, run_on_ray
 from owl_deploy.errors import UserError
 from owl_deploy.reporting import Reporter
 

@@ -15,11 +15,11 @@ from owl_deploy import files
 from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.bundle.names import FLAVORS, sparse_flavor
 from owl_deploy.errors import CheckFailed
-from owl_deploy.export import run as export_run
-from owl_deploy.export.flavors import EXPORTERS, Dense, Packed
-from owl_deploy.export.graphs.standard import write_standard_flavor
-from owl_deploy.export.verify.audit import audit_graph
-from owl_deploy.export.verify.parity import compare
+from owl_deploy.exporting import run as export_run
+from owl_deploy.exporting.flavors import EXPORTERS, Dense, Packed
+from owl_deploy.exporting.graphs.standard import write_standard_flavor
+from owl_deploy.exporting.verify.audit import audit_graph
+from owl_deploy.exporting.verify.parity import compare
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks

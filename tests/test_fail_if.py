@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.bench.fail_if import parse_condition
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.fail_if import parse_condition
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.errors import UserError
 from owl_deploy.machine.description import Machine
 

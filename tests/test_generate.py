@@ -19,7 +19,7 @@ from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UserError
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids
 from owl_deploy.sparse.library import library_path

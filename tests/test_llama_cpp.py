@@ -22,8 +22,8 @@ from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.llama_cpp_engine import LlamaCppEngine
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.peers.gguf import GgufWeights, write_gguf
-from owl_deploy.export.verify.parity import ROUNDED_TOLERANCE
+from owl_deploy.exporting.peers.gguf import GgufWeights, write_gguf
+from owl_deploy.exporting.verify.parity import ROUNDED_TOLERANCE
 from owl_deploy.models.gguf import load_tokenizer, read_metadata
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource

@@ -19,9 +19,9 @@ from owl_deploy.engines.probe import engine_logits, timed_generation, window_los
 from owl_deploy.engines.protocol import Logits, TokenIds
 from owl_deploy.engines.registry import ENGINES
 from owl_deploy.engines.torch_engine import TorchEngine
-from owl_deploy.export.graphs import decoder, genai, optimum
-from owl_deploy.export.graphs.positions import select_positions
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.graphs import decoder, genai, optimum
+from owl_deploy.exporting.graphs.positions import select_positions
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.machine import cpu
 from owl_deploy.sparse import library
 

@@ -17,8 +17,8 @@ from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.environments import process_variables
 from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
-from owl_deploy.export.run import export_checkpoint
-from owl_deploy.export.verify.parity import compare
+from owl_deploy.exporting.run import export_checkpoint
+from owl_deploy.exporting.verify.parity import compare
 
 from .conftest import VOCABULARY, RunCli, TinyModel, run_in
 

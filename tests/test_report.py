@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from owl_deploy.bench.rows import RESULTS, Continuation, Row, Samples, Spread, merged, read_rows, updated
+from owl_deploy.benchmarking.rows import RESULTS, Continuation, Row, Samples, Spread, merged, read_rows, updated
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError
 from owl_deploy.formatting import enumeration, number, perplexity_text, size

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.report.page.memory import memory_figures
 from owl_deploy.report.page.render import page
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from owl_deploy.bench.rows import RESULTS, Row, Samples, read_rows
+from owl_deploy.benchmarking.rows import RESULTS, Row, Samples, read_rows
 from owl_deploy.report.findings import findings
 from owl_deploy.report.series import by_series, by_workload, short_names
 from owl_deploy.report.tables import markdown_table

@@ -13,7 +13,7 @@ import pytest
 
 from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.cli import main
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.machine.description import last_level_cache_bytes, read_bandwidth_gb_s
 from owl_deploy.records import read_record
 from owl_deploy.report.roofline.tables import notes, terminal_tables

@@ -18,11 +18,11 @@ from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import CheckFailed
-from owl_deploy.export.graphs import dense as dense_graphs
-from owl_deploy.export.graphs.selection import choose
-from owl_deploy.export.graphs.sparse import write_sparse
-from owl_deploy.export.run import export_checkpoint
-from owl_deploy.export.verify.packed import check_stored
+from owl_deploy.exporting.graphs import dense as dense_graphs
+from owl_deploy.exporting.graphs.selection import choose
+from owl_deploy.exporting.graphs.sparse import write_sparse
+from owl_deploy.exporting.run import export_checkpoint
+from owl_deploy.exporting.verify.packed import check_stored
 from owl_deploy.models.source import ModelSource
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint
@@ -162,7 +162,7 @@ def test_another_level_lends_its_dense_graph_and_every_byte_is_the_same(
     flavors = ["sparse-packed32", "sparse-int8"]  # at 20% packed32 keeps its matrices as they are
     level = pruned(tiny_llama, tmp_path / "level", 0.2, reference)
     alone = export_checkpoint(level, tmp_path / "alone", flavors)
-    monkeypatch.setattr("owl_deploy.export.graphs.dense.write_genai", None)
+    monkeypatch.setattr("owl_deploy.exporting.graphs.dense.write_genai", None)
     lent = export_checkpoint(level, tmp_path / "lent", flavors, like=bundle)
     assert lent == alone
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from owl_deploy.bundle.names import ATTENTION_BIAS
 from owl_deploy.errors import UserError
-from owl_deploy.export.graphs.standard import StandardGraph, write_standard
+from owl_deploy.exporting.graphs.standard import StandardGraph, write_standard
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {

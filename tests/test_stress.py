@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from owl_deploy.bench import processes
-from owl_deploy.bench.run import Request, bench_bundles
+from owl_deploy.benchmarking import processes
+from owl_deploy.benchmarking.run import Request, bench_bundles
 from owl_deploy.bundle.manifest import MANIFEST
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.environments import Environment
 from owl_deploy.engines.registry import ENGINES, EngineSpec
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.files import locked
 from owl_deploy.reporting import SILENT
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from owl_deploy.bench.rows import Row, read_rows
+from owl_deploy.benchmarking.rows import Row, read_rows
 from owl_deploy.errors import UserError
 from owl_deploy.sparse.library import library_path
 

@@ -111,9 +111,9 @@ def bench(
 
         owl-deploy bench dense sparse --engines sparse-int8 --fail-if 'speedup["sparse-int8"]@0.7 < 2.0'
     """
-    from owl_deploy.bench.fail_if import parse_condition
-    from owl_deploy.bench.run import Request, bench_bundles, first_available_text
-    from owl_deploy.bench.sweep import Executor, make_levels
+    from owl_deploy.benchmarking.fail_if import parse_condition
+    from owl_deploy.benchmarking.run import Request, bench_bundles, first_available_text
+    from owl_deploy.benchmarking.sweep import Executor, make_levels
     from owl_deploy.bundle.manifest import read_bundle
     from owl_deploy.machine.threads import available_cores
     from owl_deploy.models.source import resolve_model

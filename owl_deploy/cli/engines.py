@@ -95,7 +95,7 @@ def doctor(
     """
     import dataclasses
 
-    from owl_deploy.bench.doctor import examine
+    from owl_deploy.benchmarking.doctor import examine
     from owl_deploy.engines.registry import ENGINES, named_engines
 
     specs = named_engines(",".join(names) if names else ",".join(ENGINES))

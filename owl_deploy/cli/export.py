@@ -52,7 +52,7 @@ def export(
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
     """
     from owl_deploy.bundle.names import FLAVORS, Flavor, sparse_flavor
-    from owl_deploy.export.run import export_checkpoint
+    from owl_deploy.exporting.run import export_checkpoint
     from owl_deploy.sparse.formats import HEADS, WEIGHTS
 
     formats = [name.strip() for name in weights.split(",")]

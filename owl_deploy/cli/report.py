@@ -42,7 +42,7 @@ def report(
     """
     import json as json_text
 
-    from owl_deploy.bench.rows import RESULTS, merged, read_rows
+    from owl_deploy.benchmarking.rows import RESULTS, merged, read_rows
     from owl_deploy.files import locked
     from owl_deploy.report.schema import row_schema
     from owl_deploy.report.write import write_report

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from owl_deploy.bench.rows import Row
+    from owl_deploy.benchmarking.rows import Row
 
 _TABLE_COLUMNS = 220  # if stdout is not a terminal
 

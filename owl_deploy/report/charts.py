@@ -9,7 +9,7 @@ from typing import Literal
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from owl_deploy.bench.rows import Row, Spread
+from owl_deploy.benchmarking.rows import Row, Spread
 from owl_deploy.formatting import number, percent, perplexity_text
 from owl_deploy.paper.speedups import TABLE_8
 from owl_deploy.plotting import COLOURS, MARKERS

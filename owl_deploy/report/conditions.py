@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.formatting import enumeration, number, percent, size
 from owl_deploy.machine.description import Machine
 from owl_deploy.report.series import short_names

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.formatting import enumeration, number, one_line, perplexity_text, size
 from owl_deploy.report.series import Series, by_series, dense_references
 from owl_deploy.report.tables import UNSTEADY_MARK

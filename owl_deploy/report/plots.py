@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import IdentityTransform
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.plotting import COLOURS, DPI, MARKERS, save_figure
 from owl_deploy.report.charts import Chart, Mark, Style, pareto_chart, perplexity_chart, speedup_chart, styles
 from owl_deploy.report.pareto import Box, boxes_along, place_labels

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from owl_deploy.bench.rows import SCHEMA_VERSION, Row
+from owl_deploy.benchmarking.rows import SCHEMA_VERSION, Row
 
 
 class _Schema(GenerateJsonSchema):

@@ -8,7 +8,7 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.formatting import enumeration, percent
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from owl_deploy.bench.rows import WIDE, Row, Spread
+from owl_deploy.benchmarking.rows import WIDE, Row, Spread
 from owl_deploy.files import write_text
 from owl_deploy.formatting import MISSING, number, one_line, percent, perplexity_text, size
 from owl_deploy.grid import Grid, Heading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from owl_deploy.bench.rows import Spread
+from owl_deploy.benchmarking.rows import Spread
 from owl_deploy.formatting import MISSING
 
 Verdict = Literal["faster", "slower", "no different"]

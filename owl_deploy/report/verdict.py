@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from owl_deploy.bench.rows import Row, Spread
+from owl_deploy.benchmarking.rows import Row, Spread
 from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.formatting import number, perplexity_text
 from owl_deploy.report.series import by_series, dense_references

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from owl_deploy.bench.rows import RESULTS, Row, read_rows, write_rows
+from owl_deploy.benchmarking.rows import RESULTS, Row, read_rows, write_rows
 from owl_deploy.errors import UserError
 from owl_deploy.files import disk_errors, locked, write_text
 from owl_deploy.formatting import escaped

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.bench.run import random_prompt
+from owl_deploy.benchmarking.run import random_prompt
 from owl_deploy.bundle.manifest import GRAPH, BundleManifest, check_files, read_bundle
 from owl_deploy.bundle.names import FLAVORS, Flavor, weights_of
 from owl_deploy.engines.client import EngineFailed, EngineProcess

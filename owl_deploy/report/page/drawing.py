@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 from owl_deploy.formatting import number
 from owl_deploy.report.charts import Axis, Chart, Mark, Spots, Style
 from owl_deploy.report.pareto import Box, boxes_along, place_labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from owl_deploy.bench.rows import Row
+from owl_deploy.benchmarking.rows import Row
 
 _BYTES_PER_MS = 1e6  # at 1 GB/s
 

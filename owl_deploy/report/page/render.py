@@ -16,7 +16,7 @@ from importlib.resources import files
 
 from markupsafe import Markup, escape
 
-from owl_deploy.bench.rows import SCHEMA_VERSION, Row
+from owl_deploy.benchmarking.rows import SCHEMA_VERSION, Row
 from owl_deploy.formatting import number, percent, size
 from owl_deploy.paper.speedups import PAPER_SETTING
 from owl_deploy.plotting import COLOURS

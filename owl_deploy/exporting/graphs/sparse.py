@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from owl_deploy.bundle.records import MatrixRecord
 from owl_deploy.bundle.tensors import ExternalData, external_array, transposed
 from owl_deploy.errors import UserError
-from owl_deploy.export.graphs.selection import choose
+from owl_deploy.exporting.graphs.selection import choose
 from owl_deploy.machine.threads import in_order
 from owl_deploy.sparse.formats import SPARSE_DOMAIN, SPARSE_OPERATOR, Head, Stored, Weights
 from owl_deploy.sparse.library import pack

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.benchmarking.workload import Configuration, Workload
 from owl_deploy.bundle.expected import ExpectedLogits
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import engine_spec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.verify.parity import REFERENCES, compare
+from owl_deploy.exporting.verify.parity import REFERENCES, compare
 
 Running = Callable[[Configuration], AbstractContextManager[EngineProcess]]
 

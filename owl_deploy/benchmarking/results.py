@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy.bench.measure import Bench
-from owl_deploy.bench.rows import Continuation, Row, Samples, Spread
-from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.benchmarking.measure import Bench
+from owl_deploy.benchmarking.rows import Continuation, Row, Samples, Spread
+from owl_deploy.benchmarking.workload import Configuration, Workload
 from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.bundle.names import precision_of
 from owl_deploy.bundle.records import ParityRecord

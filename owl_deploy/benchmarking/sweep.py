@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from owl_deploy.bench.executors import run_here, run_on_ray
+from owl_deploy.benchmarking.executors import run_here, run_on_ray
 from owl_deploy.bundle.manifest import BundleManifest
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import UnsupportedFamily
-from owl_deploy.export.run import export_checkpoint
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.models.source import ModelSource
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, prune_checkpoint

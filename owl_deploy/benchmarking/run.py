@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from owl_deploy.bench.end_to_end import EndToEnd
-from owl_deploy.bench.log import MEASUREMENTS, Log
-from owl_deploy.bench.measure import Bench
-from owl_deploy.bench.processes import Processes
-from owl_deploy.bench.results import make_rows
-from owl_deploy.bench.rows import RESULTS, Row, read_rows, updated, write_rows
-from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.benchmarking.end_to_end import EndToEnd
+from owl_deploy.benchmarking.log import MEASUREMENTS, Log
+from owl_deploy.benchmarking.measure import Bench
+from owl_deploy.benchmarking.processes import Processes
+from owl_deploy.benchmarking.results import make_rows
+from owl_deploy.benchmarking.rows import RESULTS, Row, read_rows, updated, write_rows
+from owl_deploy.benchmarking.workload import Configuration, Workload
 from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
 from owl_deploy.bundle.names import Flavor, weights_of
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S

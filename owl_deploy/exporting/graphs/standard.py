@@ -10,8 +10,8 @@ from typing import Literal
 from transformers import AutoConfig
 
 from owl_deploy.bundle.tensors import CheckpointTensors
-from owl_deploy.export.graphs.decoder import unsupported, write_decoder_graph
-from owl_deploy.export.graphs.optimum import write_optimum_graph
+from owl_deploy.exporting.graphs.decoder import unsupported, write_decoder_graph
+from owl_deploy.exporting.graphs.optimum import write_optimum_graph
 from owl_deploy.files import disk_errors
 
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.bundle.manifest import GRAPH, MANIFEST, AuditRecord, exporter_versions, read_bundle
-from owl_deploy.export.checkpoint import OpenCheckpoint
-from owl_deploy.export.graphs.genai import write_genai
-from owl_deploy.export.graphs.sparse import HEAD
-from owl_deploy.export.verify.audit import audit_graph
-from owl_deploy.export.verify.packed import rows_of_parts
+from owl_deploy.exporting.checkpoint import OpenCheckpoint
+from owl_deploy.exporting.graphs.genai import write_genai
+from owl_deploy.exporting.graphs.sparse import HEAD
+from owl_deploy.exporting.verify.audit import audit_graph
+from owl_deploy.exporting.verify.packed import rows_of_parts
 from owl_deploy.models.structure import find_blocks, matrix_of
 
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.bundle.manifest import GRAPH, PackedRecord
-from owl_deploy.export.graphs.dense import DenseGraph, linears_of_parts
-from owl_deploy.export.graphs.sparse import write_sparse
-from owl_deploy.export.verify.packed import check_stored, stored_parts
+from owl_deploy.exporting.graphs.dense import DenseGraph, linears_of_parts
+from owl_deploy.exporting.graphs.sparse import write_sparse
+from owl_deploy.exporting.verify.packed import check_stored, stored_parts
 from owl_deploy.sparse.formats import Head, Weights
 
 

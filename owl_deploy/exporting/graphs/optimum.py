@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from owl_deploy.bundle.names import IR_VERSION, OPSET
 from owl_deploy.bundle.tensors import ExternalData
 from owl_deploy.errors import UnsupportedFamily
-from owl_deploy.export.graphs.positions import select_positions
+from owl_deploy.exporting.graphs.positions import select_positions
 
 _SMALL_BYTES = 1024  # shapes and scalars stay in the model file, where shape inference can read them
 

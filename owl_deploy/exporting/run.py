@@ -19,9 +19,9 @@ from owl_deploy.bundle.manifest import (
 )
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.errors import UnsupportedFamily, UserError
-from owl_deploy.export.checkpoint import OpenCheckpoint, open_checkpoint
-from owl_deploy.export.flavors import EXPORTERS, Packed
-from owl_deploy.export.graphs.dense import DenseGraph, lent_graph, written_graph
+from owl_deploy.exporting.checkpoint import OpenCheckpoint, open_checkpoint
+from owl_deploy.exporting.flavors import EXPORTERS, Packed
+from owl_deploy.exporting.graphs.dense import DenseGraph, lent_graph, written_graph
 from owl_deploy.files import sha256, staged_addition, staged_directory, write_text
 from owl_deploy.models.load import architecture, context_length
 from owl_deploy.models.source import ModelSource

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.bench.checks import ParityCheck
-from owl_deploy.bench.log import Log
-from owl_deploy.bench.processes import Load, Processes
-from owl_deploy.bench.workload import Configuration, Workload
+from owl_deploy.benchmarking.checks import ParityCheck
+from owl_deploy.benchmarking.log import Log
+from owl_deploy.benchmarking.processes import Load, Processes
+from owl_deploy.benchmarking.workload import Configuration, Workload
 from owl_deploy.bundle.lineage import baseline_of
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S, EngineFailed, EngineProcess
 from owl_deploy.errors import CheckFailed, DiskError, UserError

@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.sparse_engine import SparseEngine
-from owl_deploy.export.checkpoint import OpenCheckpoint
-from owl_deploy.export.graphs.dense import DenseGraph, audit_of
-from owl_deploy.export.graphs.genai import write_genai_fp32
-from owl_deploy.export.graphs.packed import write_packed
-from owl_deploy.export.graphs.standard import write_standard_flavor
-from owl_deploy.export.peers.genai import write_genai_int4, write_genai_int8
-from owl_deploy.export.peers.gguf import write_gguf
-from owl_deploy.export.peers.openvino import write_openvino
-from owl_deploy.export.peers.torch import write_torch
-from owl_deploy.export.verify.parity import check_parity
+from owl_deploy.exporting.checkpoint import OpenCheckpoint
+from owl_deploy.exporting.graphs.dense import DenseGraph, audit_of
+from owl_deploy.exporting.graphs.genai import write_genai_fp32
+from owl_deploy.exporting.graphs.packed import write_packed
+from owl_deploy.exporting.graphs.standard import write_standard_flavor
+from owl_deploy.exporting.peers.genai import write_genai_int4, write_genai_int8
+from owl_deploy.exporting.peers.gguf import write_gguf
+from owl_deploy.exporting.peers.openvino import write_openvino
+from owl_deploy.exporting.peers.torch import write_torch
+from owl_deploy.exporting.verify.parity import check_parity
 from owl_deploy.sparse.formats import Head, Weights
 
 Write = Callable[[Path, Path, bool], tuple[str, str]]

@@ -19,8 +19,8 @@ from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec, engine_spec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.export.run import export_checkpoint
-from owl_deploy.export.verify.parity import compare
+from owl_deploy.exporting.run import export_checkpoint
+from owl_deploy.exporting.verify.parity import compare
 from owl_deploy.pruning.methods.magnitude import magnitude_mask
 
 _IDS = list(range(1, 2 * DECODED_TOKENS + 1))

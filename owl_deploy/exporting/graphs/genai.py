@@ -15,7 +15,7 @@ from typing import Any, Literal
 import onnx
 
 from owl_deploy.errors import UnsupportedFamily, UserError, first_line
-from owl_deploy.export.graphs.positions import select_positions
+from owl_deploy.exporting.graphs.positions import select_positions
 
 
 def write_genai_fp32(checkpoint: Path, out: Path, has_tokenizer: bool) -> tuple[str, str]:

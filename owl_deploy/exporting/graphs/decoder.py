@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from owl_deploy.bundle.names import ATTENTION_BIAS, IR_VERSION, OPSET
 from owl_deploy.bundle.tensors import CheckpointTensors, ExternalData, transposed
-from owl_deploy.export.graphs.positions import select_positions
+from owl_deploy.exporting.graphs.positions import select_positions
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # the others depend on the sequence's length

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from owl_deploy.bench.end_to_end import EndToEnd
+from owl_deploy.benchmarking.end_to_end import EndToEnd
 from owl_deploy.bundle.expected import ExpectedLogits, read_expected
 from owl_deploy.bundle.manifest import BundleManifest, FlavorRecord
 from owl_deploy.bundle.names import Flavor, model_file

@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from owl_deploy.bundle.names import model_file
 from owl_deploy.errors import UnsupportedFamily
-from owl_deploy.export.peers.gguf_tokenizer import add_tokenizer
+from owl_deploy.exporting.peers.gguf_tokenizer import add_tokenizer
 from owl_deploy.models.load import load_config, load_model, load_tokenizer
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import without_indices

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from owl_deploy.export.graphs.genai import silence, write_genai
+from owl_deploy.exporting.graphs.genai import silence, write_genai
 
 _BLOCK = 32  # weights to a scale: at 8 bits, blocks of 128 change the logits of SmolLM2 1.7 times as much
 _INPUTS_IN_8_BITS = 4  # the `accuracy_level` of MatMulNBits whose kernels multiply integers

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from owl_deploy.bundle.records import MatrixRecord
 from owl_deploy.bundle.tensors import external_array
 from owl_deploy.errors import CheckFailed
-from owl_deploy.export.graphs.sparse import HEAD
+from owl_deploy.exporting.graphs.sparse import HEAD
 from owl_deploy.machine.threads import in_order
 from owl_deploy.sparse.formats import Stored
 from owl_deploy.sparse.library import unpack
