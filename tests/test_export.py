@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from owl_deploy import files
+from owl_deploy.bundle.expected import EXPECTED as EXPECTED_FILE
+from owl_deploy.bundle.expected import read_expected
 from owl_deploy.bundle.manifest import read_bundle
 from owl_deploy.bundle.names import FLAVORS, sparse_flavor
 from owl_deploy.errors import CheckFailed
@@ -71,6 +73,17 @@ def test_all_flavors_hold_every_zero_and_compute_what_torch_computes(bundle: Pat
         assert record.parity.positions_with_past == 16
         for file in record.files:
             assert (bundle / file.path).stat().st_size == file.bytes
+
+
+def test_some_of_torchs_logits_stay_beside_each_graph_for_other_machines_to_check(bundle: Path) -> None:
+    for flavor, record in read_bundle(bundle).flavors.items():
+        kept = read_expected(bundle / flavor)
+        assert kept is not None
+        assert kept.positions.tolist() == [47, 48, 56, 63]  # of 64: after the prefill, and among 16 decoded tokens
+        assert kept.logits.shape == (4, 256)
+        assert f"{flavor}/{EXPECTED_FILE}" in [file.path for file in record.files]
+        modes = {path.stat().st_mode for path in (bundle / flavor / EXPECTED_FILE, bundle / flavor / "model.onnx")}
+        assert len(modes) == 1  # who may read the graph may check it
 
 
 def test_the_audit_finds_q_k_and_v_inside_their_merged_matrix(bundle: Path) -> None:
