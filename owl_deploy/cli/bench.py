@@ -128,6 +128,7 @@ def bench(
     reporter = Reporter(quiet=quiet)
     conditions = [parse_condition(text) for text in fail_if or ()]
     paths = list(bundles or ())
+    _engines(engines, dense_engines, ())  # a name is checked before anything is read
     levels = [read_bundle(path).sparsity for path in paths] or parse_sparsities(sparsities)
     specs, only_dense = _engines(engines, dense_engines, paths)
     for condition in conditions:
