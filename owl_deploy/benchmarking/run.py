@@ -19,8 +19,9 @@ from owl_deploy.benchmarking.processes import Processes
 from owl_deploy.benchmarking.results import make_rows
 from owl_deploy.benchmarking.rows import RESULTS, Row, read_rows, updated, write_rows
 from owl_deploy.benchmarking.workload import Configuration, Workload
-from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.manifest import BundleManifest, read_bundle
 from owl_deploy.bundle.names import Flavor, weights_of
+from owl_deploy.bundle.verify import verify_files
 from owl_deploy.engines.client import REQUEST_TIMEOUT_S
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import EngineSpec
@@ -92,6 +93,8 @@ def bench_bundles(
     if request.threads > available_cores():
         raise UserError(f"--threads {request.threads}: this process may use {available_cores()} cores")
     configurations = _configurations(manifests, engines, request.dense_only)
+    for bundle, flavor in dict.fromkeys((item.bundle, item.flavor) for item in configurations):
+        verify_files(bundle, manifests[bundle].flavors[flavor].files)
     workloads = _workloads(manifests, request)
     with locked(out):
         with disk_errors(out):
@@ -154,10 +157,7 @@ def _export_options(flavor: Flavor) -> str:
 
 
 def _check_bundles(manifests: dict[Path, BundleManifest]) -> None:
-    """Refuse bundles with damaged files, and bundles of different models."""
-    for bundle, manifest in manifests.items():
-        for record in manifest.flavors.values():
-            check_files(bundle, record.files)
+    """Refuse bundles of different models."""
     if len({manifest.vocabulary for manifest in manifests.values()}) > 1:
         raise UserError("the bundles have different vocabularies; measure one model at a time")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -127,18 +126,6 @@ def read_bundle(directory: Path) -> BundleManifest:
     if not path.is_file():
         raise UserError(f"{directory}: not an export bundle (no {MANIFEST}); make one with: owl-deploy export")
     return read_record(path, BundleManifest, mend="export the model again")
-
-
-def check_files(bundle: Path, files: Iterable[FileRecord]) -> None:
-    """Refuse files of a bundle that were cut short or replaced.
-
-    Raises:
-        UserError: one is missing, or of another size; it is named.
-    """
-    for file in files:
-        path = bundle / file.path
-        if not path.is_file() or path.stat().st_size != file.bytes:
-            raise UserError(f"{path}: not the file that bundle.json describes; export the model again")
 
 
 def exporter_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -77,12 +78,38 @@ def transposed(*matrices: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def external_array(graph: Path, tensor: onnx.TensorProto) -> NDArray[Any]:
-    """The values of one of `graph`'s initializers; those that lie in a file beside it are mapped, not read."""
+    """The values of one of `graph`'s initializers; those that lie in a file beside it are mapped, not read.
+
+    Raises:
+        UserError: see `external_place`.
+    """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
-    place = {entry.key: entry.value for entry in tensor.external_data}
+    path, offset = external_place(graph, tensor)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(graph.parent / place["location"], dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+    return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
+
+
+def external_place(graph: Path, tensor: onnx.TensorProto) -> tuple[Path, int]:
+    """The file that holds one of `graph`'s initializers, and at which byte.
+
+    Raises:
+        UserError: it is not a file in the graph's own folder, or the values do not lie within it. A graph may come from
+            anywhere, and must not have other files of the user read.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    location = place.get("location", "")
+    path = graph.parent / location
+    folder = graph.parent.resolve()
+    if not location or Path(location).is_absolute() or path.resolve().parent != folder:
+        raise UserError(f"{graph}: {tensor.name} is said to lie in {location!r}, which is not a file beside the graph")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    needed = math.prod(tensor.dims) * dtype.itemsize
+    numbers = [place.get("offset", "0"), place.get("length", str(needed))]
+    offset, length = (int(number) if number.isascii() and number.isdecimal() else -1 for number in numbers)
+    if offset < 0 or length != needed or not path.is_file() or offset + needed > path.stat().st_size:
+        raise UserError(f"{graph}: {tensor.name} does not lie within {path.name}; export the model again")
+    return path, offset
 
 
 class ExternalData:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from owl_deploy.bundle.manifest import BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.manifest import BundleManifest, read_bundle
 from owl_deploy.bundle.names import FLAVORS, Flavor
+from owl_deploy.bundle.verify import verify_files
 from owl_deploy.errors import UserError
 from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids
@@ -67,7 +68,7 @@ def generate_text(
     """
     manifest = read_bundle(bundle)
     chosen = _choose_flavor(bundle, manifest, flavor)
-    check_files(bundle, manifest.flavors[chosen].graph_files)
+    verify_files(bundle, manifest.flavors[chosen].graph_files)
     tokenizer = load_tokenizer(ModelSource(str(bundle / chosen), bundle / chosen))
     if tokenizer is None:
         raise UserError(f"{bundle / chosen}: has no tokenizer; export a checkpoint that comes with one")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl_deploy.benchmarking.run import random_prompt
-from owl_deploy.bundle.manifest import GRAPH, BundleManifest, check_files, read_bundle
+from owl_deploy.bundle.manifest import GRAPH, BundleManifest, read_bundle
 from owl_deploy.bundle.names import FLAVORS, Flavor, weights_of
+from owl_deploy.bundle.verify import verify_files
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.registry import ENGINES, EngineSpec
 from owl_deploy.errors import CheckFailed, UserError
@@ -65,9 +66,9 @@ def measure_roofline(bundle: Path, wanted: Sequence[str] | None, request: Reques
         CheckFailed: an engine failed.
     """
     manifest = read_bundle(bundle)
-    for record in manifest.flavors.values():
-        check_files(bundle, record.files)
     flavors = _flavors(bundle, manifest, wanted)
+    for flavor in flavors:
+        verify_files(bundle, manifest.flavors[flavor].files)
     _check(manifest, request)
     if any(weights_of(flavor) for flavor in flavors):
         library_path()  # that it is missing is said before anything is measured
