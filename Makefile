@@ -134,7 +134,7 @@ docs: install  ## the documentation, in site/
 # As a user gets it: built, and installed in an environment of its own, from which it is then run.
 wheel: install  ## the wheel, in dist/
 	rm -rf dist .venvs/wheel
-	$(BIN)/$(subst install,wheel,$(PIP)) --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venvs/wheel
 	.venvs/wheel/bin/$(PIP) -c constraints.txt torch
 	.venvs/wheel/bin/$(PIP) -c constraints.txt dist/*.whl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from owl_deploy.cli import main
+from owl_deploy.files import sha256
 
 TESTS = Path(__file__).parent
 VOCABULARY = 96
@@ -163,6 +165,19 @@ def llama_cpp_python() -> Path:
 def openvino_python() -> Path:
     """The interpreter that OpenVINO is installed for."""
     return _interpreter_of("openvino")
+
+
+def describe_again(bundle: Path, file: Path) -> None:
+    """Bring `bundle.json` up to date with a file of the bundle that was written to or deleted."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    path = str(file.relative_to(bundle))
+    for flavor in manifest["flavors"].values():
+        for record in [record for record in flavor["files"] if record["path"] == path]:
+            if file.is_file():
+                record |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            else:
+                flavor["files"].remove(record)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 
 def run_in(

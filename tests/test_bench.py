@@ -25,7 +25,7 @@ from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.sparse import library
 
-from .conftest import WORDS, Ran, RunCli
+from .conftest import WORDS, Ran, RunCli, describe_again
 
 REQUIRED = [
     "engine",
@@ -415,13 +415,13 @@ def test_ours_too_are_checked_on_the_machine_that_measures(
     bundle = shutil.copytree(out / "0" / "bundle", tmp_path / "bundle")
     expected = bundle / "genai" / EXPECTED
     _expect_other_logits(bundle / "genai")
-    _say_what_is_there(bundle, expected)
+    describe_again(bundle, expected)
     run = ("bench", bundle, *WORKLOAD, "--repetitions", 1, "--json")
     ran = run_cli(*run, "-o", tmp_path / "other")
     assert ran.code == 1
     assert "logits differ" in rows_of(ran)[0]["error"]
     expected.unlink()
-    _say_what_is_there(bundle, expected)
+    describe_again(bundle, expected)
     ran = run_cli(*run, "-o", tmp_path / "old")
     assert ran.code == 1
     assert "export the model again" in rows_of(ran)[0]["error"]
@@ -434,7 +434,7 @@ def test_an_engine_that_others_are_compared_with_is_checked_first(
     bundle = tmp_path / "bundle"
     export_checkpoint(tiny_llama, bundle, ("genai", "torch"))
     _expect_other_logits(bundle / "genai")
-    _say_what_is_there(bundle, bundle / "genai" / EXPECTED)
+    describe_again(bundle, bundle / "genai" / EXPECTED)
     ran = run_cli(
         *("bench", bundle, "--engines", "torch", "-o", tmp_path / "out", *WORKLOAD, "--repetitions", 1, "--json")
     )
@@ -460,14 +460,6 @@ def _expect_other_logits(flavor: Path) -> None:
     assert kept is not None
     logits = np.random.default_rng(0).normal(size=(len(kept.ids), kept.logits.shape[1])).astype(np.float32)
     write_expected(flavor, kept.ids, logits, decoded=16)
-
-
-def _say_what_is_there(bundle: Path, file: Path) -> None:
-    """Bring `bundle.json` up to date with a file of it that was changed or deleted."""
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    for flavor in manifest["flavors"].values():
-        flavor["files"] = [one for one in flavor["files"] if one["path"] != str(file.relative_to(bundle))]
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 
 def test_other_kernels_are_other_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

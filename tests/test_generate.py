@@ -24,7 +24,7 @@ from owl_deploy.generation.model import GenerationModel, Sampling
 from owl_deploy.generation.text import TextStream, prompt_ids
 from owl_deploy.sparse.library import library_path
 
-from .conftest import VOCABULARY, Ran, RunCli, TinyModel
+from .conftest import VOCABULARY, Ran, RunCli, TinyModel, describe_again
 
 FLAVORS: list[Flavor] = ["standard", "genai", "sparse-packed32"]
 PROMPT, PROMPT_IDS = "word4 word5 word6", [5, 6, 7]
@@ -365,6 +365,8 @@ def test_a_graph_that_is_incomplete(copied: Path, run_cli: RunCli, flavor: Flavo
 def test_a_graph_that_does_not_load(copied: Path, run_cli: RunCli) -> None:
     graph = copied / "genai" / "model.onnx"
     graph.write_bytes(b"\xff" * graph.stat().st_size)
+    check_refused(run_cli("generate", copied, PROMPT, "--flavor", "genai"), graph, "its contents are not those")
+    describe_again(copied, graph)
     check_refused(run_cli("generate", copied, PROMPT, "--flavor", "genai"), graph.parent, "cannot load")
 
 

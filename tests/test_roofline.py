@@ -23,7 +23,7 @@ from owl_deploy.roofline.records import FlavorFigures, Roofline
 from owl_deploy.roofline.traffic import KINDS, OTHER, kind_of, read_traffic
 from owl_deploy.sparse import library
 
-from .conftest import RunCli, TinyModel
+from .conftest import RunCli, TinyModel, describe_again
 
 CACHE = 2**20
 PAST, NEW, ROUNDS = 12, 6, 2
@@ -304,6 +304,8 @@ def test_a_damaged_bundle_is_refused(refused: Any, bundle: Path, tmp_path: Path)
     config = copied / "genai" / "genai_config.json"
     size = config.stat().st_size
     config.write_text("{}".ljust(size))
+    assert "its contents are not those that bundle.json describes" in refused("--flavor", "genai", bundle=copied)
+    describe_again(copied, config)
     assert "genai_config.json: does not describe a decoder" in refused("--flavor", "genai", bundle=copied)
     config.unlink()
     assert "not the file that bundle.json describes" in refused(bundle=copied)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from owl_deploy.bundle.manifest import FileRecord
 from owl_deploy.bundle.tensors import external_place
@@ -46,7 +47,11 @@ def _check_locations(graph: Path) -> None:
     Raises:
         UserError: a weight of the graph lies elsewhere than in the graph's own folder.
     """
-    for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
+    try:
+        model = onnx.load(str(graph), load_external_data=False)
+    except DecodeError:
+        return  # the engine will say that it cannot load it
+    for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             external_place(graph, tensor)
 
