@@ -1,55 +1,87 @@
 #include "library.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
-#include <memory>
+#include <cstdarg>
+#include <cstdio>
+#include <exception>
 #include <new>
-#include <string>
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
-#include "layout.h"
-#include "pack.h"
+#include "buffer.h"
+#include "format/format.h"
+#include "format/pack.h"
+#include "kernels/kernels.h"
 
 namespace {
 
-thread_local std::string last_error;
+// Of a fixed size: to say that there is no memory must not take any.
+thread_local std::array<char, 256> last_error;
 
-int fail(std::string what) {
-  last_error = std::move(what);
+[[gnu::format(printf, 1, 2)]] int fail(const char* format, ...) {
+  std::va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error.data(), last_error.size(), format, arguments);
+  va_end(arguments);
   return -1;
 }
 
-bool is_format(int format) {
-  return format >= static_cast<int>(owl::Format::packed32) && format <= static_cast<int>(owl::Format::dense8);
+// C callers must see results only: whatever `body` throws becomes one.
+template <class Body>
+auto guarded(const Body& body) noexcept -> decltype(body()) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return fail("not enough memory");
+  } catch (const std::exception& error) {
+    return fail("%s", error.what());
+  } catch (...) {
+    return fail("unknown error");
+  }
 }
-
-struct Free {
-  void operator()(std::byte* bytes) const { ::operator delete[](bytes, std::align_val_t{owl::kAlignment}); }
-};
 
 // Items of a stage, in order, to whichever thread is free; all threads meet between stages.
 class Team {
  public:
-  Team(const owl::Kernels& kernels, const owl::Product& product, int threads)
-      : kernels_(kernels), product_(product), threads_(threads) {}
+  Team(const owl::Way& way, const owl::Product& product, int threads)
+      : way_(way), product_(product), threads_(threads) {
+    for (int i = 0; i < threads; ++i) workspaces_.emplace_back(way.workspace_bytes);
+  }
 
+  // Throws std::system_error if there can be no more threads.
   void run(int repeats) {
     std::vector<std::thread> others;
-    for (int i = 1; i < threads_; ++i) others.emplace_back([this, repeats] { work(repeats); });
-    work(repeats);
+    others.reserve(static_cast<std::size_t>(threads_));
+    try {
+      for (int i = 1; i < threads_; ++i) others.emplace_back([this, i, repeats] { work(i, repeats); });
+    } catch (...) {
+      start_.store(kNever);
+      for (std::thread& other : others) other.join();
+      throw;
+    }
+    start_.store(kNow);
+    work(0, repeats);
     for (std::thread& other : others) other.join();
   }
 
  private:
-  void work(int repeats) {
-    for (int round = 0; round < repeats * owl::kStages; ++round) {
-      const int stage = round % owl::kStages;
-      const std::int64_t items = owl::stage_items(kernels_, *product_.weights, product_.tokens, stage);
-      for (std::int64_t item; (item = next_.fetch_add(1)) < items;) kernels_.run(product_, stage, item);
-      if (arrived_.fetch_add(1) + 1 == threads_ * (round + 1)) {
+  enum Start { kNotYet, kNow, kNever };
+
+  void work(int thread, int repeats) noexcept {
+    while (start_.load() == kNotYet) std::this_thread::yield();
+    if (start_.load() == kNever) return;
+    std::byte* workspace = workspaces_[static_cast<std::size_t>(thread)].reserve(0);
+    const owl::Header& h = product_.weights->header;
+    const int stages = way_.stages(h, product_.tokens);
+    for (int round = 0; round < repeats * stages; ++round) {
+      const int stage = round % stages;
+      const std::int64_t items = way_.items(h, product_.tokens, stage);
+      for (std::int64_t item; (item = next_.fetch_add(1)) < items;) way_.run(product_, stage, item, workspace);
+      if (arrived_.fetch_add(1) + 1 == threads_) {
+        arrived_.store(0);
         next_.store(0);
         done_.store(round + 1);
       }
@@ -57,9 +89,11 @@ class Team {
     }
   }
 
-  const owl::Kernels& kernels_;
+  const owl::Way& way_;
   const owl::Product& product_;
   int threads_;
+  std::vector<owl::Buffer> workspaces_;
+  std::atomic<Start> start_{kNotYet};
   std::atomic<std::int64_t> next_{0};
   std::atomic<int> arrived_{0}, done_{0};
 };
@@ -69,60 +103,68 @@ class Team {
 int owl_abi() { return kOwlAbi; }
 
 const char* owl_instruction_sets() {
-  static const std::string names = [] {
-    std::string all;
-    for (const char* name : {"avx512", "avx2", "neon", "scalar"}) {
-      if (owl::find_kernels(name) != nullptr) all += (all.empty() ? "" : ",") + std::string(name);
+  static const std::array<char, 64> names = [] {
+    std::array<char, 64> all{};
+    std::size_t length = 0;
+    for (const owl::Kernels* kernels : owl::runnable_kernels()) {
+      const int written =
+          std::snprintf(all.data() + length, all.size() - length, "%s%s", length == 0 ? "" : ",", kernels->name);
+      length += static_cast<std::size_t>(written);
     }
     return all;
   }();
-  return names.c_str();
+  return names.data();
 }
 
 std::int64_t owl_pack(const float* weights, std::int64_t rows, std::int64_t columns, int format, int paired,
                       std::uint8_t* out, std::int64_t capacity) {
-  if (!is_format(format)) return fail("unknown weight format");
-  const auto as = static_cast<owl::Format>(format);
-  const auto r = static_cast<std::uint64_t>(rows), c = static_cast<std::uint64_t>(columns);
-  const char* problem = nullptr;
-  const auto most = static_cast<std::int64_t>(owl::most_bytes(r, c, as, paired != 0, problem));
-  if (problem != nullptr) return fail(problem);
-  if (out == nullptr) return most;
-  if (capacity < most) return fail("no room for the packed matrix");
-  const std::uint64_t bytes = owl::pack(weights, r, c, as, paired != 0, out, problem);
-  return problem == nullptr ? static_cast<std::int64_t>(bytes) : fail(problem);
+  return guarded([&]() -> std::int64_t {
+    if (!owl::is_format(format)) return fail("unknown weight format");
+    const auto as = static_cast<owl::Format>(format);
+    const auto r = static_cast<std::uint64_t>(rows), c = static_cast<std::uint64_t>(columns);
+    const char* problem = nullptr;
+    const auto most = static_cast<std::int64_t>(owl::most_bytes(r, c, as, paired != 0, problem));
+    if (problem != nullptr) return fail("%s", problem);
+    if (out == nullptr) return most;
+    if (capacity < most) return fail("no room for the packed matrix");
+    const std::uint64_t bytes = owl::pack(weights, r, c, as, paired != 0, out, problem);
+    return problem == nullptr ? static_cast<std::int64_t>(bytes) : fail("%s", problem);
+  });
 }
 
 int owl_check(const std::uint8_t* data, std::int64_t size) {
-  owl::Packed packed{};
-  const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed);
-  return problem == nullptr ? 0 : fail(problem);
+  return guarded([&] {
+    owl::Packed packed;
+    const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed);
+    return problem == nullptr ? 0 : fail("%s", problem);
+  });
 }
 
 int owl_unpack(const std::uint8_t* data, std::int64_t size, float* weights, std::uint8_t* mask) {
-  owl::Packed packed{};
-  if (const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed)) return fail(problem);
-  owl::unpack(packed, weights, mask);
-  return 0;
+  return guarded([&] {
+    owl::Packed packed;
+    if (const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed)) return fail("%s", problem);
+    owl::unpack(packed, weights, mask);
+    return 0;
+  });
 }
 
 std::int64_t owl_product(const std::uint8_t* data, std::int64_t size, const float* x, float* y, std::int64_t tokens,
                          const char* kernels, int threads, int repeats) {
-  owl::Packed packed{};
-  if (const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed)) return fail(problem);
-  const owl::Kernels* chosen = owl::find_kernels(kernels);
-  if (chosen == nullptr) return fail(std::string("this CPU has no kernels called ") + kernels);
-  if (tokens < 1 || threads < 1 || repeats < 1) return fail("tokens, threads and repeats are at least 1");
-  try {
-    const std::size_t bytes = owl::scratch_bytes(*chosen, packed, tokens);
-    const std::unique_ptr<std::byte[], Free> scratch(new (std::align_val_t{owl::kAlignment}) std::byte[bytes]);
-    const owl::Product product{&packed, x, y, tokens, scratch.get()};
+  return guarded([&]() -> std::int64_t {
+    owl::Packed packed;
+    if (const char* problem = owl::parse(data, static_cast<std::size_t>(size), packed)) return fail("%s", problem);
+    const owl::Kernels* chosen = owl::find_kernels(kernels);
+    if (chosen == nullptr) return fail("this CPU has no kernels called %s", kernels);
+    if (tokens < 1 || threads < 1 || repeats < 1) return fail("tokens, threads and repeats are at least 1");
+    const owl::Way& way = chosen->way(packed.header.format, tokens);
+    owl::Buffer scratch(way.scratch_bytes(packed.header, tokens));
+    const owl::Product product{&packed, x, y, tokens, scratch.reserve(0)};
+    Team team(way, product, threads);
     const auto start = std::chrono::steady_clock::now();
-    Team(*chosen, product, threads).run(repeats);
+    team.run(repeats);
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
-  } catch (const std::bad_alloc&) {
-    return fail("not enough memory");
-  }
+  });
 }
 
-const char* owl_error() { return last_error.c_str(); }
+const char* owl_error() { return last_error.data(); }

@@ -1,5 +1,6 @@
 // owl::SparseMatMul for ONNX Runtime: Y [..., outputs] = X [..., columns] times the packed matrix W, whose bytes are a
 // constant initializer. Everything else about the product is in W's header.
+#include <atomic>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -13,8 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "format.h"
-#include "kernels.h"
+#include "buffer.h"
+#include "format/format.h"
+#include "kernels/kernels.h"
 #include "library.h"
 #include "onnxruntime_api.h"
 
@@ -42,35 +44,14 @@ template <class Body>
 OrtStatus* guarded(const OrtApi* api, const Body& body) noexcept {
   try {
     return body();
+  } catch (const std::bad_alloc&) {
+    return fail(api, ort::kFail, "not enough memory");
   } catch (const std::exception& error) {
     return fail(api, ort::kFail, "%s", error.what());
   } catch (...) {
     return fail(api, ort::kFail, "unknown error");
   }
 }
-
-// Uninitialized bytes, aligned for the kernels.
-class Buffer {
- public:
-  // Only ever grows, and loses what it held when it does.
-  std::byte* reserve(std::size_t bytes) {
-    if (bytes > capacity_) {
-      capacity_ = 0;
-      data_.reset();
-      data_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
-      capacity_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Release {
-    void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
-  };
-
-  std::unique_ptr<std::byte, Release> data_;
-  std::size_t capacity_ = 0;
-};
 
 struct Tensor {
   void* data;
@@ -160,53 +141,69 @@ class SparseMatMul {
       return fail(api_, ort::kInvalidArgument, "X is not a float tensor of at least one dimension");
     }
     std::int64_t& last = x.dimensions[x.rank - 1];
-    const std::int64_t columns = weights_.header->columns;
+    const std::int64_t columns = weights_.header.columns;
     if (last != columns) {
       return fail(api_, ort::kInvalidArgument, "X's last dimension is %lld, but W has %lld columns",
                   static_cast<long long>(last), static_cast<long long>(columns));
     }
     const std::int64_t tokens = static_cast<std::int64_t>(x.elements()) / columns;
 
-    last = outputs(weights_);
+    last = outputs(weights_.header);
     OrtValue* output = nullptr;
     if (OrtStatus* status = ort::kernel_context_output(api_, context, 0, x.dimensions, x.rank, &output)) return status;
     if (tokens == 0) return nullptr;
     void* y = nullptr;
     if (OrtStatus* status = ort::get_tensor_mutable_data(api_, output, &y)) return status;
 
+    const Way& way = kernels_->way(weights_.header.format, tokens);
     // A thread is in one product at a time, whoever helps it with the items, so one scratch for each will do.
     thread_local Buffer scratch;
     const Product product{&weights_, static_cast<const float*>(x.data), static_cast<float*>(y), tokens,
-                          scratch.reserve(scratch_bytes(*kernels_, weights_, tokens))};
-    for (int stage = 0; stage < kStages; ++stage) {
-      if (OrtStatus* status = run(context, product, stage)) return status;
+                          scratch.reserve(way.scratch_bytes(weights_.header, tokens))};
+    const int stages = way.stages(weights_.header, tokens);
+    for (int stage = 0; stage < stages; ++stage) {
+      if (OrtStatus* status = run(context, way, product, stage)) return status;
     }
     return nullptr;
   }
 
   struct Work {
-    const Kernels* kernels;
+    const Way* way;
     const Product* product;
     int stage;
+    std::atomic<bool> failed{false};
   };
 
+  // On any of the session's threads, for which ONNX Runtime takes no status.
   static void run_item(void* user, std::size_t item) noexcept {
-    const Work& work = *static_cast<const Work*>(user);
-    work.kernels->run(*work.product, work.stage, static_cast<std::int64_t>(item));
+    Work& work = *static_cast<Work*>(user);
+    std::byte* space = nullptr;
+    if (work.way->workspace_bytes != 0) {
+      try {
+        thread_local Buffer workspace;
+        space = workspace.reserve(work.way->workspace_bytes);
+      } catch (const std::bad_alloc&) {
+        work.failed.store(true, std::memory_order_relaxed);
+        return;
+      }
+    }
+    work.way->run(*work.product, work.stage, static_cast<std::int64_t>(item), space);
   }
 
-  OrtStatus* run(OrtKernelContext* context, const Product& product, int stage) const {
-    Work work{kernels_, &product, stage};
-    const std::int64_t items = stage_items(*kernels_, weights_, product.tokens, stage);
-    if (items <= 0) return nullptr;
-    if (items == 1) {
-      run_item(&work, 0);
-      return nullptr;
+  OrtStatus* run(OrtKernelContext* context, const Way& way, const Product& product, int stage) const {
+    Work work{&way, &product, stage};
+    const std::int64_t items = way.items(weights_.header, product.tokens, stage);
+    if (items == 1) run_item(&work, 0);
+    if (items > 1) {
+      // 0 batches: a thread starts on a contiguous share of the items, the same in every call, takes them one by one,
+      // and then helps with the shares of others, so that a thread the system does not run in time delays one item at
+      // most. With a number of batches these are what is taken: 20 ns an item cheaper, and coarser.
+      OrtStatus* status =
+          ort::kernel_context_parallel_for(api_, context, &run_item, static_cast<std::size_t>(items), 0, &work);
+      if (status != nullptr) return status;
     }
-    // 0 batches: a thread starts on a contiguous share of the items, the same in every call, takes them one by one, and
-    // then helps with the shares of others, so that a thread the system does not run in time delays one item at most.
-    // With a number of batches these are what is taken: 20 ns an item cheaper, and coarser.
-    return ort::kernel_context_parallel_for(api_, context, &run_item, static_cast<std::size_t>(items), 0, &work);
+    if (work.failed) throw std::bad_alloc();
+    return nullptr;
   }
 
   const OrtApi* api_;

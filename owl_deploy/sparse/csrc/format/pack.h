@@ -1,7 +1,7 @@
 // Dense weights to packed ones, and back.
 #pragma once
 
-#include "format.h"
+#include "format/format.h"
 
 namespace owl {
 

@@ -1,8 +1,9 @@
-// The packed weight formats. FORMAT.md, one folder up, is the specification; this header is its C++ side.
+// The packed weight formats. FORMAT.md, two folders up, is the specification; this folder is its C++ side.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace owl {
 
@@ -15,9 +16,9 @@ enum class Format : std::uint8_t {
 
 inline constexpr std::uint32_t kMagic = 0x4B4C574F;  // "OWLK" in little-endian order
 inline constexpr std::uint16_t kVersion = 1;
-inline constexpr std::size_t kAlignment = 64;     // bytes, of every section
-inline constexpr std::uint32_t kLanes = 16;       // rows in a group
-inline constexpr std::uint32_t kMaxRows = 256;    // of a slice: positions in it are bytes
+inline constexpr std::size_t kAlignment = 64;       // bytes, of every section
+inline constexpr std::uint32_t kLanes = 16;         // rows in a group
+inline constexpr std::uint32_t kMaxRows = 256;      // of a slice: positions in it are bytes
 inline constexpr std::uint32_t kMaxSize = 1 << 24;  // rows or columns of a matrix
 
 struct Header {
@@ -32,23 +33,31 @@ struct Header {
   std::uint32_t panel_columns;
   std::uint32_t panels;
   std::uint64_t nonzeros;
-  std::uint64_t bytes;  // of all of it, this header included
+  std::uint64_t bytes;   // of all of it, this header included
   std::uint64_t scales;  // offset of float[rows], or 0
   std::uint64_t sums;    // offset of int32[rows], or 0
 };
 static_assert(sizeof(Header) == 64);
 
-// A packed matrix that `parse` found sound: everything the kernels follow has been checked.
+// A packed matrix that `parse` checked. Its bytes may lie in a mapped file that someone rewrites later, so the header
+// and the table are copies, and whoever follows step counts, positions or masks stays between `data` and its end
+// whatever they have become.
 struct Packed {
+  Header header;
+  std::vector<std::uint64_t> units;  // offsets of [slices * panels] units, and the end of the last
   const std::uint8_t* data;
-  const Header* header;
-  const std::uint64_t* units;  // offsets of [slices * panels] units, and the end of the last
   const float* scales;
   const std::int32_t* sums;
 };
 
+// The bytes of one unit.
+struct Unit {
+  const std::uint8_t* begin;
+  const std::uint8_t* end;
+};
+
 // Check `size` bytes at `data`, which need an alignment of 64. Returns null and fills `packed`, or says what is
-// wrong. Reads nothing outside of the bytes, whatever they are.
+// wrong. Reads nothing outside of the bytes, whatever they are. Throws std::bad_alloc.
 const char* parse(const std::uint8_t* data, std::size_t size, Packed& packed);
 
 }  // namespace owl

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "kernels/kernel.h"
 
 namespace owl {
 namespace {
@@ -27,7 +27,7 @@ inline void split_inputs(std::byte* to, const std::int32_t* values) {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr ManyTokens kManyTokens = {16, 16};
+  static constexpr std::int64_t kManyTokensOfWords = 16, kManyTokensOfBytes = 16;
   static constexpr int kVectors = 4;               // Lanes that add_row keeps in registers …
   static constexpr int kPairVectors = 2;           // … and add_two_rows, for each row
   static constexpr std::int64_t kInputOffset = 0;  // what store_inputs adds to each input

@@ -6,14 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels.h"
+#include "kernels/kernel.h"
 
 namespace owl {
 namespace {
 
 struct Avx512 {
   static constexpr const char* kName = "avx512";
-  static constexpr ManyTokens kManyTokens = {24, 48};
+  static constexpr std::int64_t kManyTokensOfWords = 24, kManyTokensOfBytes = 48;
   static constexpr int kVectors = 8;
   static constexpr int kPairVectors = 8;
   static constexpr std::int64_t kInputOffset = 1 << 23;

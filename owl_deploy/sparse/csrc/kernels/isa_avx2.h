@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa_scalar.h"
-#include "kernels.h"
+#include "kernels/isa_scalar.h"
+#include "kernels/kernel.h"
 
 namespace owl {
 namespace {
@@ -30,7 +30,7 @@ constexpr auto kExpand8 = [] {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
-  static constexpr ManyTokens kManyTokens = {16, 16};
+  static constexpr std::int64_t kManyTokensOfWords = 16, kManyTokensOfBytes = 16;
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;

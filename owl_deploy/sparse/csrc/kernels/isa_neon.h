@@ -8,15 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa_scalar.h"
-#include "kernels.h"
+#include "kernels/isa_scalar.h"
+#include "kernels/kernel.h"
 
 namespace owl {
 namespace {
 
 struct Neon {
   static constexpr const char* kName = "neon";
-  static constexpr ManyTokens kManyTokens = {16, 16};
+  static constexpr std::int64_t kManyTokensOfWords = 16, kManyTokensOfBytes = 16;
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;

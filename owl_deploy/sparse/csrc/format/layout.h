@@ -1,0 +1,97 @@
+// Where things are in a packed matrix: the arithmetic that packing, checking and the kernels share.
+// All of it is static: the kernels are compiled once per instruction set, and must not share code across them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "format/format.h"
+#include "format/formats.h"
+
+namespace owl {
+
+inline constexpr std::uint32_t kRowsTogether = 2;  // of the 8-bit formats: rows whose blocks alternate
+inline constexpr std::uint32_t kOverread = 64;     // bytes after the last 8-bit weight that a load may touch
+
+template <class T>
+static constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+template <class T>
+static constexpr T round_up(T a, T b) {
+  return ceil_div(a, b) * b;
+}
+
+template <class F>
+static inline std::uint32_t padded_columns(const Header& header) {
+  return round_up(header.columns, F::kColumns);
+}
+
+// Rows of the product.
+static inline std::int64_t outputs(const Header& header) { return header.paired ? header.rows / 2 : header.rows; }
+
+// Rows that slice `slice` holds. Of a paired matrix they are first its gate rows, then as many up rows.
+static inline std::uint32_t rows_of(const Header& header, std::uint32_t slice) {
+  if (header.paired) {
+    const std::uint32_t half = header.slice_rows / 2;
+    return 2 * std::min(half, header.rows / 2 - slice * half);
+  }
+  return std::min(header.slice_rows, header.rows - slice * header.slice_rows);
+}
+
+// The matrix row that is stored as row `i` of a slice.
+static inline std::uint32_t matrix_row(const Header& header, std::uint32_t slice, std::uint32_t i) {
+  if (header.paired) {
+    const std::uint32_t count = rows_of(header, slice) / 2, first = slice * (header.slice_rows / 2);
+    return i < count ? first + i : header.rows / 2 + first + (i - count);
+  }
+  return slice * header.slice_rows + i;
+}
+
+// Blocks of columns in panel `panel`.
+template <class F>
+static inline std::uint32_t blocks_of(const Header& header, std::uint32_t panel) {
+  const std::uint32_t first = panel * header.panel_columns;
+  return ceil_div(std::min(header.panel_columns, header.columns - first), F::kColumns);
+}
+
+static inline Unit unit_of(const Packed& packed, std::uint32_t slice, std::uint32_t panel) {
+  const std::uint64_t* offsets = packed.units.data() + std::size_t{slice} * packed.header.panels + panel;
+  return {packed.data + offsets[0], packed.data + offsets[1]};
+}
+
+// A unit of words: for each block a record of `groups` step counts and `groups * 16` positions, then `groups * 16`
+// positions that restore the order of rows, then from the next multiple of 64 the words.
+static inline std::uint32_t groups_of(std::uint32_t rows) { return ceil_div(rows, kLanes); }
+static inline std::uint32_t record_bytes(std::uint32_t groups) { return groups * (1 + kLanes); }
+static inline std::uint64_t words_offset(std::uint32_t groups, std::uint32_t blocks) {
+  return round_up<std::uint64_t>(std::uint64_t{blocks} * record_bytes(groups) + groups * kLanes, kAlignment);
+}
+
+// Where the words of a group end that begins at `words`: its step count must not lead past the unit's end.
+template <class Word>
+static inline const Word* group_end(const Word* words, std::uint32_t steps, Unit unit) {
+  const auto wanted = reinterpret_cast<std::uintptr_t>(words) + steps * kLanes * sizeof(Word);
+  return reinterpret_cast<const Word*>(std::min(wanted, reinterpret_cast<std::uintptr_t>(unit.end)));
+}
+
+// A unit of bytes: masks[pairs][blocks][2] if it has masks, then the weights in the order of those masks. A pair's
+// second row may be one that is not there, and is then empty.
+static inline std::uint32_t stored_rows(std::uint32_t rows) { return round_up(rows, kRowsTogether); }
+template <OfBytes F>
+static inline std::uint64_t values_offset(std::uint32_t rows, std::uint32_t blocks) {
+  return F::kMasked ? std::uint64_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0;
+}
+
+// From here on a load of 64 bytes would leave the matrix: masks must not lead past it.
+static inline const std::int8_t* last_values(const Packed& packed) {
+  return reinterpret_cast<const std::int8_t*>(packed.data + packed.header.bytes - kOverread);
+}
+
+// `values` after `count` of them, or where no more can be.
+static inline const std::int8_t* advanced(const std::int8_t* values, std::ptrdiff_t count, const std::int8_t* last) {
+  return values + std::min(count, last - values);
+}
+
+}  // namespace owl
