@@ -158,7 +158,7 @@ $(VENV)/.base: constraints.txt
 	touch $@
 
 # The package compiles its library. Whatever else is there already, pip leaves as it is: this again costs seconds.
-$(VENV)/.ready: $(VENV)/.base pyproject.toml CMakeLists.txt $(wildcard owl_deploy/sparse/csrc/*)
+$(VENV)/.ready: $(VENV)/.base pyproject.toml CMakeLists.txt $(wildcard owl_deploy/sparse/csrc/*.* owl_deploy/sparse/csrc/*/*)
 	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -73,6 +73,27 @@ def test_reads_bytes_wherever_they_lie() -> None:
     assert nanoseconds > 0
 
 
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_more_threads_than_there_can_be_are_an_error() -> None:
+    """In a process that has room for the stacks of some of them."""
+    script = """
+import resource
+import numpy as np
+from owl_deploy.sparse import library
+packed = library.pack(np.ones((16, 256), np.float32), "int8")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+try:
+    library.product(packed, np.ones((1, 256), np.float32), threads=4000)
+except ValueError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "Resource temporarily unavailable"
+
+
 def test_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_PATH", tmp_path / "libowl_sparse.so")
     with pytest.raises(UserError, match=r"^.*libowl_sparse\.so is missing.*Install g\+\+.*$"):

@@ -306,6 +306,38 @@ def test_external_weights_stay_in_their_file(large: Packed, offset: int, tmp_pat
     assert np.array_equal(found, wanted)
 
 
+@formats
+def test_a_file_that_is_rewritten_under_a_session_harms_no_more_than_its_numbers(format: str, tmp_path: Path) -> None:
+    data = tmp_path / "model.bin"
+    onnx.save(model(in_file(pack(format), data, 4096)), tmp_path / "model.onnx")
+    script = f"""
+import numpy as np
+import onnxruntime
+from pathlib import Path
+from owl_deploy.sparse import library
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(str(library.library_path()))
+session = onnxruntime.InferenceSession({str(tmp_path / "model.onnx")!r}, options)
+inputs = [np.ones((tokens, {COLUMNS}), np.float32) for tokens in {TOKENS}]
+before = [session.run(None, dict(X=x))[0] for x in inputs]
+with open({str(data)!r}, "r+b") as file:
+    file.write(b"\\xff" * Path({str(data)!r}).stat().st_size)
+after = [session.run(None, dict(X=x))[0] for x in inputs]
+assert all(y.shape == z.shape for y, z in zip(before, after))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, f"{ran.returncode}: {ran.stderr}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_prefill_leaves_little_memory_behind() -> None:
+    made = session(model(vector(pack("packed16", 32, 8192))))
+    x = inputs(4096, 8192)
+    before = anonymous_bytes()
+    assert run(made, x).shape == (4096, 32)
+    assert anonymous_bytes() - before < x.nbytes / 4
+
+
 def test_external_weights_need_no_alignment(tmp_path: Path) -> None:
     packed, x = pack("packed16"), inputs(3, COLUMNS)
     onnx.save(model(in_file(packed, tmp_path / "model.bin", 10)), tmp_path / "model.onnx")

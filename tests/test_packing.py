@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -426,3 +427,71 @@ def test_tiny_inputs_give_tiny_outputs(format: str, tokens: int) -> None:
     for kernels in library.instruction_sets():
         y, _ = library.product(packed, x, kernels)
         assert (np.abs(y) < 2.0**-120).all()
+
+
+@pytest.mark.parametrize("format", ["packed16", "int8"])
+def test_inputs_of_many_tokens_are_taken_in_turns(format: str) -> None:
+    """Of 300 tokens and so many columns, the scratch has no room for all of them at once."""
+    generator = np.random.default_rng(0)
+    weights = generator.standard_normal((3, 33_000), np.float32)
+    weights[generator.random(weights.shape, np.float32) < 0.9] = 0
+    packed = library.pack(weights, format)
+    x = generator.standard_normal((300, 33_000), np.float32)
+    for kernels in library.instruction_sets():
+        at_once, _ = library.product(packed, x, kernels, threads=2)
+        apart = [library.product(packed, part, kernels)[0] for part in np.split(x, 3)]
+        assert np.array_equal(at_once, np.concatenate(apart))
+
+
+def whole_numbers(count: int, seed: int) -> NDArray[np.uint64]:
+    """The same on every machine and with every numpy: splitmix64."""
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)
+
+
+def as_floats(shape: tuple[int, int], seed: int) -> Floats:
+    numbers = whole_numbers(shape[0] * shape[1], seed).reshape(shape)
+    floats: Floats = ((numbers >> np.uint64(40)).astype(np.int64) - 2**23).astype(np.float32) / np.float32(2**23)
+    return floats
+
+
+def digest(data: NDArray[Any]) -> str:
+    return hashlib.sha256(data.tobytes()).hexdigest()[:16]
+
+
+class Kept(NamedTuple):
+    """Digests of a matrix, and of its products with 3 tokens and with 60."""
+
+    packed: str
+    fused: tuple[str, str]  # where a multiplication and an addition are one instruction
+    scalar: tuple[str, str]
+
+
+KEPT = {
+    "packed32": Kept(
+        "23678a0253ff3592", ("ac1979b20f5a83b5", "9e40d7172bcbe808"), ("c42dda1b284d3a20", "6657d85b191ca3d0")
+    ),
+    "packed16": Kept(
+        "671b1329a98944c9", ("ebb72c3db54eb092", "e0ce52e3fc7bdf6b"), ("50559ebc05831fd5", "cb5ca15b0df37be7")
+    ),
+    "int8": Kept(
+        "959987d6a6f13593", ("57cca7fc3c6bfd49", "cde5730cdffa3f7c"), ("57cca7fc3c6bfd49", "0e29bb6f6fc098bd")
+    ),
+    "dense8": Kept(
+        "ab5132573d1b5f99", ("57cca7fc3c6bfd49", "cde5730cdffa3f7c"), ("57cca7fc3c6bfd49", "0e29bb6f6fc098bd")
+    ),
+}
+
+
+@formats
+def test_files_and_products_keep_their_bits(format: str) -> None:
+    """A change of these digests is a change of the format, or of the numbers of every model that was exported."""
+    weights = as_floats((326, 330), seed=1)
+    weights[whole_numbers(weights.size, seed=2).reshape(weights.shape) % np.uint64(10) < 7] = 0
+    packed = library.pack(weights, format, paired=True)
+    assert digest(packed) == KEPT[format].packed
+    for kernels in library.instruction_sets():
+        products = [library.product(packed, as_floats((tokens, 330), seed=3), kernels)[0] for tokens in (3, 60)]
+        assert tuple(map(digest, products)) == (KEPT[format].scalar if kernels == "scalar" else KEPT[format].fused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4}
-"""Formats of one matrix, by the number that `csrc/format.h` gives them."""
+"""Formats of one matrix, by the number that `csrc/format/format.h` gives them."""
 
 Stored = Literal["fp32", "packed32", "packed16", "int8", "dense8"]
 """How a graph stores one matrix: packed in one of `FORMATS`, or as it was."""

@@ -62,7 +62,8 @@ struct ManyKernel<Isa, Int8> {
 
 // Two rows of dense weights at a time: an input is loaded once for both.
 template <class Isa, int kVectors>
-[[gnu::always_inline]] inline void add_two_rows(float* sums, const float* x, std::int64_t stride, const std::int8_t* const* weights) {
+[[gnu::always_inline]] inline void add_two_rows(float* sums, const float* x, std::int64_t stride,
+                                                const std::int8_t* const* weights) {
   typename Isa::Lanes sum[2][kVectors];
   unrolled<2 * kVectors>([&](auto i) {
     constexpr int row = i / kVectors, v = i % kVectors;
@@ -85,7 +86,7 @@ template <class Isa, int kVectors>
 
 template <class Isa, int kMost>
 [[gnu::always_inline]] inline void add_row_pairs(float* sums, const float* x, std::int64_t stride, std::int64_t left,
-                          const std::int8_t* const* weights) {
+                                                 const std::int8_t* const* weights) {
   for (; left >= kMost; left -= kMost, sums += kMost * kLanes, x += kMost * kLanes) {
     add_two_rows<Isa, kMost>(sums, x, stride, weights);
   }

@@ -117,7 +117,7 @@ bool survives(Random& random, const Bytes& bytes, std::int64_t tokens) {
   unpack(packed, weights.data(), mask.data());
   const Array<float> x = random_inputs(random, tokens, h.columns);
   if (random.chance(0.1)) x[random.below(x.size())] = random.pick(std::array{HUGE_VALF, NAN});
-  for (const Kernels* kernels : runnable_kernels()) multiply(*kernels, packed, x, tokens);
+  for (const Kernels* kernels : all_kernels()) multiply(*kernels, packed, x, tokens);
   return true;
 }
 
@@ -220,7 +220,7 @@ void check_rewritten(Random& random, std::int64_t rounds) {
         }
         for (const std::int64_t tokens : {std::int64_t{1}, random.between(2, 7), random.between(48, 70)}) {
           const Array<float> x = random_inputs(random, tokens, columns);
-          for (const Kernels* kernels : runnable_kernels()) multiply(*kernels, weights, x, tokens);
+          for (const Kernels* kernels : all_kernels()) multiply(*kernels, weights, x, tokens);
         }
         const Array<float> unpacked(m.weights.size());
         const Array<std::uint8_t> mask(m.weights.size());

@@ -34,9 +34,11 @@ constexpr auto kFormats = [] {
 inline std::uint64_t seed = 0;
 inline std::string where;  // the case at hand
 
-inline void say_where() { std::fprintf(stderr, "  seed %llu, %s\n", static_cast<unsigned long long>(seed), where.c_str()); }
+inline void say_where() {
+  std::fprintf(stderr, "  seed %llu, %s\n", static_cast<unsigned long long>(seed), where.c_str());
+}
 
-[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+[[noreturn, gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
   std::fprintf(stderr, "FAILED: ");
   std::va_list arguments;
   va_start(arguments, format);
@@ -47,7 +49,7 @@ inline void say_where() { std::fprintf(stderr, "  seed %llu, %s\n", static_cast<
   std::exit(1);
 }
 
-__attribute__((format(printf, 1, 2))) inline void claim(const char* format, ...) {
+[[gnu::format(printf, 1, 2)]] inline void claim(const char* format, ...) {
   std::va_list arguments;
   va_start(arguments, format);
   std::vprintf(format, arguments);
@@ -181,6 +183,12 @@ inline Packed parsed(const Array<std::uint8_t>& bytes) {
 }
 
 // ---- Products ----
+
+// The scalar ones first, which the others are compared with.
+inline std::vector<const Kernels*> all_kernels() {
+  const auto best_first = runnable_kernels();
+  return {best_first.rbegin(), best_first.rend()};
+}
 
 inline Array<float> random_inputs(Random& random, std::int64_t tokens, std::uint32_t columns) {
   Array<float> x(static_cast<std::size_t>(tokens) * columns);

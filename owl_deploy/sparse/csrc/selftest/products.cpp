@@ -71,7 +71,7 @@ void check_products(Random& random, const Matrix& m, const Array<std::uint8_t>& 
   const auto tokens = static_cast<std::int64_t>(x.size() / m.columns);
   const std::vector<Range> wanted = expected_product(m, weights, x, tokens);
   std::unique_ptr<Array<float>> scalar;
-  for (const Kernels* kernels : runnable_kernels()) {
+  for (const Kernels* kernels : all_kernels()) {
     Array<float> y = multiply(*kernels, packed, x, tokens);
     for (std::size_t i = 0; i < wanted.size(); ++i) {
       if (std::fabs(y[i] - wanted[i].value) <= wanted[i].error) continue;
@@ -105,7 +105,7 @@ void check_infinite_input(Random& random, const Matrix& m, const Packed& packed,
   const Array<float> x = random_inputs(random, tokens, m.columns);
   const auto token = static_cast<std::size_t>(random.between(0, tokens - 1)), width = std::size_t{m.columns};
   const auto column = static_cast<std::size_t>(random.below(m.columns));
-  for (const Kernels* kernels : runnable_kernels()) {
+  for (const Kernels* kernels : all_kernels()) {
     const float before = x[token * width + column];
     const Array<float> y = multiply(*kernels, packed, x, tokens);
     x[token * width + column] = random.pick(kCulprits);
@@ -181,7 +181,7 @@ void check_largest_sums(Random& random) {
 
 void check_random_matrices(Random& random, std::int64_t rounds) {
   std::string names;
-  for (const Kernels* kernels : runnable_kernels()) names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  for (const Kernels* kernels : all_kernels()) names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   for (std::int64_t i = 0; i < rounds; ++i) {
     const Matrix m = random_matrix(random);
     at_case("matrix", i, m);
