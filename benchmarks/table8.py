@@ -52,7 +52,7 @@ from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration
 from owl_deploy.report.tables import terminal_table
-from owl_deploy.report.write import renew_report
+from owl_deploy.report.write import REPORT, renew_report
 from owl_deploy.reporting import Reporter
 
 HALF_RANGE = 0.08  # of block sparsities: OWL's lambda (paper, Table 15)
@@ -138,10 +138,11 @@ class Table8:
             shutil.rmtree(directory / "checkpoint", ignore_errors=True)  # not there: a run was killed while measuring
             ahead = missing[index + 1 : index + 2]
             self._step(name, "measure", lambda made=directory, ahead=ahead: self._measure(made, ahead))
+            renew_report(self._out, command=shlex.join(["python", *sys.argv]))
             shutil.rmtree(directory)
         if not self._arguments.keep:
             shutil.rmtree(self._work, ignore_errors=True)
-        return renew_report(self._out, command=shlex.join(["python", *sys.argv]))
+        return self._out / REPORT
 
     def _check_inputs(self) -> None:
         """Refuse to mix results of different models.

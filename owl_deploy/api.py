@@ -11,7 +11,7 @@ import torch
 
 from owl_deploy.benchmarking.rows import Row
 from owl_deploy.benchmarking.run import Request, bench_bundles
-from owl_deploy.bundle.manifest import BundleManifest, read_bundle
+from owl_deploy.bundle.manifest import BundleManifest, flavors_of, read_bundle
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.evaluation.perplexity import perplexity
@@ -172,7 +172,7 @@ def bench(
         UserError: a bundle is not one, an engine is unknown or not installed, or the machine is busy.
     """
     paths = [Path(bundle) for bundle in bundles]
-    there = {flavor for path in paths for flavor in read_bundle(path).flavors}
-    rows = bench_bundles(paths, installed_engines(engines, there), request, Path(output), reporter=reporter)
+    specs = installed_engines(engines, flavors_of(paths))
+    rows = bench_bundles(paths, specs, request, Path(output), reporter=reporter)
     renew_report(Path(output), command=f"owl_deploy.bench({[str(path) for path in paths]}, engines={engines!r})")
     return rows

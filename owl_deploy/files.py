@@ -77,6 +77,12 @@ def _sync_tree(directory: Path) -> None:
             _sync(path)
 
 
+def cache_directory() -> Path:
+    """Where owl-deploy keeps what this user can have made again."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home.absolute() / "owl-deploy"
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from owl_deploy import __version__
-from owl_deploy.bundle.manifest import DENSE_BELOW
+from owl_deploy.bundle.manifest import is_dense, sparsity_of
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.errors import UserError, first_line
 from owl_deploy.files import write_text
@@ -180,13 +180,13 @@ class Row(Record):
 
     @property
     def is_dense(self) -> bool:
-        """No sparsity was asked of the model, and it has none to speak of."""
-        return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
+        """See `bundle.manifest.is_dense`."""
+        return is_dense(self.sparsity_asked, self.sparsity_achieved)
 
     @property
     def sparsity(self) -> float:
-        """As asked; as achieved where owl-deploy was not asked."""
-        return self.sparsity_achieved if self.sparsity_asked is None else self.sparsity_asked
+        """See `bundle.manifest.sparsity_of`."""
+        return sparsity_of(self.sparsity_asked, self.sparsity_achieved)
 
     def spread_of(self, speedup: str) -> Spread | None:
         """The rounds behind `speedup_same_engine` or another of its kind."""

@@ -1,4 +1,4 @@
-"""The bench stage: bundles and engines in, rows and a report out."""
+"""The bench stage: bundles and engines in, rows out."""
 
 from __future__ import annotations
 

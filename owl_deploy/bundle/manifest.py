@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -107,13 +108,32 @@ class BundleManifest(Record):
 
     @property
     def is_dense(self) -> bool:
-        """No sparsity was asked of the model, and it has none to speak of."""
-        return not self.sparsity_asked and self.sparsity_achieved < DENSE_BELOW
+        """See `is_dense`."""
+        return is_dense(self.sparsity_asked, self.sparsity_achieved)
 
     @property
     def sparsity(self) -> float:
-        """As asked; as achieved where owl-deploy was not asked."""
-        return self.sparsity_achieved if self.sparsity_asked is None else self.sparsity_asked
+        """See `sparsity_of`."""
+        return sparsity_of(self.sparsity_asked, self.sparsity_achieved)
+
+
+def is_dense(asked: float | None, achieved: float) -> bool:
+    """Whether no sparsity was asked of a model, and it has none to speak of."""
+    return not asked and achieved < DENSE_BELOW
+
+
+def sparsity_of(asked: float | None, achieved: float) -> float:
+    """A model's sparsity as asked; as achieved where owl-deploy was not asked."""
+    return achieved if asked is None else asked
+
+
+def flavors_of(bundles: Iterable[Path]) -> set[Flavor]:
+    """What these bundles hold, all together.
+
+    Raises:
+        UserError: see `read_bundle`.
+    """
+    return {flavor for bundle in bundles for flavor in read_bundle(bundle).flavors}
 
 
 def read_bundle(directory: Path) -> BundleManifest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from google.protobuf.message import DecodeError
 from owl_deploy.bundle.manifest import FileRecord
 from owl_deploy.bundle.tensors import external_place
 from owl_deploy.errors import UserError
-from owl_deploy.files import sha256, write_text
+from owl_deploy.files import cache_directory, sha256, write_text
 
 _REMEMBERED = 4096  # files; the oldest are forgotten first
 
@@ -63,8 +62,7 @@ def _identity(path: Path) -> str:
 
 
 def _cache() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return home / "owl-deploy" / "hashes.json"
+    return cache_directory() / "hashes.json"
 
 
 def _read_hashes() -> dict[str, str]:

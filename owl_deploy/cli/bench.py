@@ -172,10 +172,10 @@ def _engines(names: str, dense_names: str | None, bundles: Sequence[Path]) -> tu
 
     Those are the ones whose graphs the bundles hold; without bundles, all.
     """
-    from owl_deploy.bundle.manifest import read_bundle
+    from owl_deploy.bundle.manifest import flavors_of
     from owl_deploy.engines.registry import installed_engines
 
-    flavors = {flavor for bundle in bundles for flavor in read_bundle(bundle).flavors} if bundles else None
+    flavors = flavors_of(bundles) if bundles else None
     specs = installed_engines(names, flavors)
     dense = installed_engines(dense_names, flavors) if dense_names else []
     return specs, [spec for spec in dense if spec not in specs]

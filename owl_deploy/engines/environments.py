@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.errors import UserError
-from owl_deploy.files import locked, read_json, write_json
+from owl_deploy.files import cache_directory, locked, read_json, write_json
 
 _READY = "owl-deploy.json"
 _HOME = Path(__file__).resolve().parents[2]  # of the package: a checkout, or site-packages
@@ -132,8 +132,7 @@ def engines_directory(home: Path = _HOME) -> Path:
     project = home / "pyproject.toml"
     if project.is_file() and 'name = "owl-deploy"' in project.read_text(encoding="utf-8").splitlines():
         return home / ".venvs"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache.absolute() / "owl-deploy" / "engines"
+    return cache_directory() / "engines"
 
 
 def process_variables(environment: Environment | None) -> dict[str, str]:
