@@ -326,8 +326,9 @@ def test_an_engine_that_fails_is_named(bundle: Path, tmp_path: Path, run_cli: Ru
     graph = copied / "genai" / "model.onnx"
     model = onnx.load(str(graph), load_external_data=False)
     operator = model.graph.node[0].op_type
-    model.graph.node[0].op_type = "X" * len(operator)  # the file keeps its size, which is checked
+    model.graph.node[0].op_type = "X" * len(operator)
     graph.write_bytes(model.SerializeToString())
+    describe_again(copied, graph)
     ran = run_cli("roofline", copied, "--flavor", "genai", "--past", PAST, "--quiet")
     assert ran.code == 1
     assert "genai: engine onnxruntime:" in ran.stderr

@@ -125,7 +125,8 @@ class _Posting(Reporter):
         self._name = name
 
     def step(self, message: str) -> None:
-        self._mailbox.put.remote(f"{self._name}: {message}")
+        # Waited for: a line still on its way when its level is done would miss the last emptying of the mailbox.
+        _ray().get(self._mailbox.put.remote(f"{self._name}: {message}"))
 
     def warn(self, message: str) -> None:
         self.step(f"warning: {message}")
