@@ -6,16 +6,16 @@ import json
 import math
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page
 
 from owl_deploy.benchmarking.rows import Row
 from owl_deploy.report.page.memory import memory_figures
 from owl_deploy.report.page.render import page
 
-from .chromium import EXECUTABLE, Browser, running
+from .chromium import in_browser, launched, visited
 from .test_report import CANNOT_RUN, MACHINE, make_dense, make_failed, make_row, make_sweep
 
 VOID = {"br", "hr", "img", "input", "link", "meta", "wbr"}
@@ -155,92 +155,91 @@ def test_the_share_of_memory_takes_the_whole_file_as_read() -> None:
 
 # -------------------- in a browser
 
-in_browser = pytest.mark.skipif(EXECUTABLE is None, reason="chromium is not here: `make browser` installs it")
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
     rows = [*make_sweep(), make_dense("onnxruntime-int4", weights="int4", model=f"someone/{HOSTILE}")]
     path.write_text(rendered(rows), encoding="utf-8")
-    return path
+    return path.as_uri()
 
 
-COLUMN = "[...document.querySelectorAll('#rows tbody tr')].map(row => row.cells[{}].innerText.split('\\n')[0].trim())"
-DECODE = "document.querySelectorAll('#rows thead button')[4]"
+@pytest.fixture
+def report(chromium: Browser, url: str) -> Iterator[Page]:
+    """The report, in a window; what it complained of fails the test."""
+    with visited(chromium, url) as page:
+        yield page
+
+
+def column(report: Page, index: int) -> list[str]:
+    """The first line of each cell of a column of the table."""
+    rows = report.locator("#rows tbody tr")
+    return [text.split("\n")[0].strip() for text in rows.locator(f"> :nth-child({index + 1})").all_inner_texts()]
 
 
 @in_browser
-def test_a_heading_sorts_by_click_and_by_key(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    decode = COLUMN.format(4)
-    browser.value(f"{DECODE}.click()")
-    ascending = browser.value(decode)
+def test_a_heading_sorts_by_click_and_by_key(report: Page) -> None:
+    decode = report.locator("#rows thead button").nth(4)
+    decode.click()
+    ascending = column(report, 4)
     assert ascending == sorted(ascending, key=lambda text: (text == "–", text != "–" and float(text)))
     assert ascending[-1] == "–"
-    assert browser.value(f"{DECODE}.parentElement.getAttribute('aria-sort')") == "ascending"
-    browser.value(f"{DECODE}.focus()")
-    browser.press("Enter")
-    descending = browser.value(decode)
+    assert decode.locator("..").get_attribute("aria-sort") == "ascending"
+    decode.press("Enter")
+    descending = column(report, 4)
     assert descending[:-1] == ascending[-2::-1]
     assert descending[-1] == "–"
-    assert browser.value("document.querySelectorAll('[aria-sort]').length") == 1
-    assert "descending" in browser.value("document.getElementById('said').textContent")
-    assert browser.complaints == []
+    assert report.locator("[aria-sort]").count() == 1
+    assert "descending" in (report.locator("#said").text_content() or "")
 
 
 @in_browser
-def test_points_explain_themselves_to_the_keyboard(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    stops = "document.querySelectorAll('svg.chart .mark[tabindex=\"0\"]').length"
-    assert browser.value(stops) == browser.value("document.querySelectorAll('svg.chart').length")
-    browser.value("document.querySelector('svg.chart .mark').focus()")
-    tip = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
-    first = browser.value(tip)
-    browser.press("ArrowRight")
-    second = browser.value(tip)
+def test_points_explain_themselves_to_the_keyboard(report: Page) -> None:
+    tip = report.locator("#tip")
+    assert report.locator('svg.chart .mark[tabindex="0"]').count() == report.locator("svg.chart").count()
+    report.locator("svg.chart .mark").first.focus()
+    first = tip.inner_text()
+    report.keyboard.press("ArrowRight")
+    second = tip.inner_text()
     assert first and second and first != second
-    assert second == browser.value("document.activeElement.getAttribute('aria-label')")
-    browser.press("Escape")
-    assert browser.value(tip) is None
-    assert browser.complaints == []
+    assert tip.text_content() == report.locator("svg.chart .mark:focus").get_attribute("aria-label")
+    report.keyboard.press("Escape")
+    assert tip.is_hidden()
 
 
 @in_browser
-def test_an_engine_can_be_hidden_everywhere(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    box = "document.querySelector('input[data-toggles]')"
-    shown = "[...document.querySelectorAll('#rows tbody tr')].filter(row => !row.hidden).length"
-    before = browser.value(shown)
-    browser.value(f"{box}.click()")
-    assert 0 < browser.value(shown) < before
-    browser.value(f"{box}.click()")
-    assert browser.value(shown) == before
+def test_an_engine_can_be_hidden_everywhere(report: Page) -> None:
+    box = report.locator("input[data-toggles]").first
+    shown = report.locator("#rows tbody tr:not([hidden])")
+    before = shown.count()
+    box.click()
+    assert 0 < shown.count() < before
+    box.click()
+    assert shown.count() == before
 
 
 @in_browser
-def test_a_row_leads_to_its_samples(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    browser.value("document.querySelector('#rows tbody a').click()")
-    opened = "new Promise(done => setTimeout(() => done(document.querySelectorAll('details[open]').length), 100))"
-    assert browser.value(opened) == 1
+def test_a_row_leads_to_its_samples(report: Page) -> None:
+    report.locator("#rows tbody a").first.click()
+    report.locator("details[open]").wait_for()
+    assert report.locator("details[open]").count() == 1
 
 
 @in_browser
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_has_the_contrast_of_wcag_aa(dark: bool, browser: Browser, html: Path) -> None:
-    browser.open(html, dark=dark)
-    colours = browser.value(
-        "[...document.querySelectorAll('p, li, td, th, a, figcaption, caption, summary, svg text')].map(e => "
-        "getComputedStyle(e)[e instanceof SVGElement ? 'fill' : 'color']).concat("
-        "getComputedStyle(document.documentElement).backgroundColor)"
-    )
+def test_text_has_the_contrast_of_wcag_aa(dark: bool, chromium: Browser, url: str) -> None:
+    with visited(chromium, url, dark=dark) as report:
+        colours = report.evaluate(
+            "[...document.querySelectorAll('p, li, td, th, a, figcaption, caption, summary, svg text')].map(e => "
+            "getComputedStyle(e)[e instanceof SVGElement ? 'fill' : 'color']).concat("
+            "getComputedStyle(document.documentElement).backgroundColor)"
+        )
     paper = luminance(colours.pop())
     for colour in set(colours):
         light, shade = sorted((luminance(colour), paper), reverse=True)
@@ -256,23 +255,18 @@ def luminance(colour: str) -> float:
 
 @in_browser
 @pytest.mark.parametrize("width", [320, 360, 800])
-def test_the_page_fits_its_window(width: int, browser: Browser, html: Path) -> None:
-    browser.open(html, width=width)
-    browser.value("document.querySelectorAll('details').forEach(details => { details.open = true; })")
-    assert browser.value("document.documentElement.scrollWidth") == width
-    assert browser.complaints == []
+def test_the_page_fits_its_window(width: int, chromium: Browser, url: str) -> None:
+    with visited(chromium, url, width=width) as report:
+        report.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        assert report.evaluate("document.documentElement.scrollWidth") == width
 
 
 @in_browser
-def test_the_page_prints(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    assert browser.pdf().startswith(b"%PDF-")
-    assert browser.complaints == []
+def test_the_page_prints(report: Page) -> None:
+    assert report.pdf(prefer_css_page_size=True).startswith(b"%PDF-")
 
 
 @in_browser
-def test_nothing_of_a_row_runs(browser: Browser, html: Path) -> None:
-    browser.open(html)
-    assert browser.value("document.title").startswith("Sparse decode speed of")
-    assert browser.value("JSON.parse(document.getElementById('data').textContent).rows.length") == 9
-    assert browser.complaints == []
+def test_nothing_of_a_row_runs(report: Page) -> None:
+    assert report.title().startswith("Sparse decode speed of")
+    assert len(json.loads(report.locator("#data").text_content() or "")["rows"]) == 9
