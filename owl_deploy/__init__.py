@@ -1,6 +1,7 @@
 """owl-deploy: prune an LLM with OWL, export it to ONNX, and measure what the sparsity buys on a CPU.
 
-`prune`, `evaluate`, `export`, `bench` and `load_bundle` do what the commands of these names do; see `owl_deploy.api`.
+`prune`, `recover`, `evaluate`, `export`, `bench` and `load_bundle` do what the commands of these names do; see
+`owl_deploy.api`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,26 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from owl_deploy.api import Bundle, bench, evaluate, export, load_bundle, prune
+    from owl_deploy.api import Bundle, bench, evaluate, export, load_bundle, prune, recover
     from owl_deploy.benchmarking.rows import Row
     from owl_deploy.benchmarking.run import Request
     from owl_deploy.errors import CheckFailed, UserError
     from owl_deploy.generation.model import Sampling
     from owl_deploy.pruning.plan import NM, PruningPlan
     from owl_deploy.pruning.run import Calibration, Evaluation, Execution
+    from owl_deploy.recovery.plan import RecoveryPlan
     from owl_deploy.reporting import Reporter
 
 # What is imported on first use, and from where: torch and transformers take seconds, `owl-deploy --help` none.
 _HOMES = {
-    "api": ("Bundle", "bench", "evaluate", "export", "load_bundle", "prune"),
+    "api": ("Bundle", "bench", "evaluate", "export", "load_bundle", "prune", "recover"),
     "benchmarking.rows": ("Row",),
     "benchmarking.run": ("Request",),
     "errors": ("CheckFailed", "UserError"),
     "generation.model": ("Sampling",),
     "pruning.plan": ("NM", "PruningPlan"),
     "pruning.run": ("Calibration", "Evaluation", "Execution"),
+    "recovery.plan": ("RecoveryPlan",),
     "reporting": ("Reporter",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +48,7 @@ __all__ = [
     "Evaluation",
     "Execution",
     "PruningPlan",
+    "RecoveryPlan",
     "Reporter",
     "Request",
     "Row",
@@ -55,6 +59,7 @@ __all__ = [
     "export",
     "load_bundle",
     "prune",
+    "recover",
 ]
 
 

@@ -24,6 +24,9 @@ from owl_deploy.models.source import resolve_model
 from owl_deploy.pruning.manifest import PruningManifest
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, Evaluation, Execution, prune_checkpoint
+from owl_deploy.recovery.manifest import RecoveryManifest
+from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.recovery.run import recover_checkpoint
 from owl_deploy.report.write import renew_report
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.sparse.formats import Head
@@ -98,6 +101,42 @@ def prune(
         Path(output),
         plan,
         calibration,
+        evaluation=evaluation,
+        execution=execution,
+        reporter=reporter,
+    )
+
+
+def recover(
+    sparse: str,
+    dense: str,
+    output: AnyPath,
+    plan: RecoveryPlan,
+    text: str,
+    *,
+    evaluation: Evaluation | None = None,
+    execution: Execution = Execution(),  # frozen
+    reporter: Reporter = SILENT,
+) -> RecoveryManifest:
+    """Train a sparse checkpoint towards its dense model, as `owl-deploy recover` does; zeros stay zeros.
+
+    Args:
+        sparse: a checkpoint with zeros.
+        dense: what it was pruned from.
+        output: a new directory.
+        text: `wikitext2`, `c4`, `demo`, a `.txt`, `.jsonl` or `.parquet` file, or a `.npy` file of ids [n, length].
+        evaluation: also measure perplexity before and after, on this text.
+
+    Raises:
+        UserError: something is wrong with the models, the text or the output directory, which is then not there.
+        CheckFailed: the loss became NaN; the last good save is a checkpoint beside `output`.
+    """
+    return recover_checkpoint(
+        resolve_model(sparse),
+        resolve_model(dense),
+        Path(output),
+        plan,
+        text,
         evaluation=evaluation,
         execution=execution,
         reporter=reporter,

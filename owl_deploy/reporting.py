@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -36,7 +38,18 @@ class Reporter:
         """Yield `items` behind a progress bar with the time left; one summary line where there is no terminal."""
         if total is None and isinstance(items, Sized):
             total = len(items)
-        bar = Progress(
+        with self._bar() as bar:
+            yield from bar.track(items, total=total, description=description)
+
+    @contextlib.contextmanager
+    def progress(self, total: int, description: str, *, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar with the time left; each call moves it on by one, and shows how that one went."""
+        with self._bar() as bar:
+            task = bar.add_task(description, total=total, completed=done)
+            yield lambda how: bar.update(task, advance=1, description=f"{description}: {how}")
+
+    def _bar(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -45,8 +58,21 @@ class Reporter:
             TimeRemainingColumn(),
             console=self.console,
         )
-        with bar:
-            yield from bar.track(items, total=total, description=description)
 
 
 SILENT = Reporter(quiet=True)
+
+
+class Clock:
+    """Wall-clock seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)

@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 
 from owl_deploy import __version__
-from owl_deploy.cli import bench, engines, evaluate, export, generate, prune, report, roofline, study
+from owl_deploy.cli import bench, engines, evaluate, export, generate, prune, recover, report, roofline, study
 from owl_deploy.errors import CheckFailed, UserError
 
 _INTERRUPTED = 130
@@ -41,6 +41,7 @@ def _root(
 
 
 app.command()(prune.prune)
+app.command()(recover.recover)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(generate.generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,6 +14,7 @@ from owl_deploy.reporting import Reporter
 
 if TYPE_CHECKING:
     from owl_deploy.pruning.plan import PruningPlan
+    from owl_deploy.recovery.plan import RecoveryPlan
 
 
 def prune(
@@ -72,6 +74,13 @@ def prune(
         typer.Option(help="Damping, as a fraction of the mean of the Hessian's diagonal. Default: 0.01; for admm 0.3."),
     ] = None,
     admm_steps: Annotated[Optional[int], typer.Option(help="For admm: iterations. Default: 20.")] = None,
+    weights: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Round the weights that are kept to int8, int4 or int3, in the same pass (GPTQ): the sparse format of "
+            "that name stores them as they are. With --sparsity 0, rounds a dense model."
+        ),
+    ] = None,
     recipe: Annotated[
         Optional[Path], typer.Option(help="Read all of the above from a SparseML or llm-compressor recipe.")
     ] = None,
@@ -92,6 +101,18 @@ def prune(
         typer.Option(metavar="SPEC", help="Also measure perplexity on this text, before and after pruning."),
     ] = None,
     evaluate_windows: options.EvaluateWindows = None,
+    recover: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="TOKENS",
+            help="Then train what is kept on this many tokens, as `owl-deploy recover` does: 150k, 2M, … What was "
+            "pruned is beside --output, as OUTPUT.pruned.",
+        ),
+    ] = None,
+    recover_text: Annotated[
+        Optional[str],
+        typer.Option(metavar="SPEC", help="Text for --recover, or self. Default: that of --calibration."),
+    ] = None,
     offload: Annotated[
         bool,
         typer.Option(
@@ -120,6 +141,10 @@ def prune(
 
         owl-deploy prune meta-llama/Llama-2-7b-hf -o sparse --sparsity 0.7 --method admm --offload
 
+        owl-deploy prune ./model -o sparse --sparsity 0.5 --method admm --weights int4 --calibration text.jsonl
+
+        owl-deploy prune demo -o sparse --sparsity 0.5 --method admm --calibration demo --recover 150k
+
         owl-deploy prune ./model -o sparse --pattern mixed-4:8 --calibration text.jsonl
 
         owl-deploy prune ./model -o sparse --recipe recipes/owl-wanda-70.yaml --calibration text.jsonl
@@ -143,6 +168,7 @@ def prune(
         "block_size": block_size,
         "percdamp": percdamp,
         "admm_steps": admm_steps,
+        "weights": weights,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     read = None
@@ -156,6 +182,9 @@ def prune(
         plan = PruningPlan(**_fields(given))
     if tune:
         _check_tunable(plan, allocation)
+    if recover_text is not None and recover is None:
+        raise UserError("--recover-text is the text of --recover; say for how many tokens, or leave it out")
+    training = _training(recover, plan, seqlen, seed, offload=offload) if recover is not None else None
     source = resolve_model(model)
 
     # Importing torch takes seconds, and the mistakes above are reported without it.
@@ -165,17 +194,35 @@ def prune(
     options.use_threads(threads)
     reporter = Reporter(quiet=quiet)
     tune_over = ((plan.allocation,) if allocation and plan.allocation else TUNABLE) if tune else ()
+    pruned = output if training is None else output.with_name(f"{output.name}.pruned")
+    evaluation = Evaluation(evaluate, seqlen, evaluate_windows) if evaluate else None
     manifest = prune_checkpoint(
         source,
-        output,
+        pruned,
         plan,
         Calibration(calibration, samples, seqlen, seed),
-        evaluation=Evaluation(evaluate, seqlen, evaluate_windows) if evaluate else None,
+        evaluation=evaluation,
         recipe=read,
         tune_over=tune_over,
         execution=Execution(device, offload),
         reporter=reporter,
     )
+    if training is not None:
+        from owl_deploy.cli.recover import show
+        from owl_deploy.recovery.run import recover_checkpoint
+
+        recovered = recover_checkpoint(
+            resolve_model(str(pruned)),
+            source,
+            output,
+            training,
+            recover_text or calibration,
+            evaluation=evaluation,
+            execution=Execution(device),
+            reporter=reporter,
+        )
+        show(output, recovered, json=json)
+        return
     if json:
         typer.echo(manifest.model_dump_json())
     else:
@@ -225,6 +272,16 @@ def _explicit(path: Path) -> dict[str, Any]:
         )
     field = {"linear_sparsities": values} if isinstance(values, dict) else {"block_sparsities": tuple(items)}
     return {"allocation": "explicit", "sparsity": sum(items) / len(items), **field}
+
+
+def _training(tokens: str, plan: PruningPlan, seqlen: int | None, seed: int, *, offload: bool) -> RecoveryPlan:
+    """What `--recover` asks for: the defaults of `recover`, on windows no longer than those of calibration."""
+    from owl_deploy.recovery.plan import RecoveryPlan, parse_tokens
+
+    if offload:
+        raise UserError("--recover holds the whole model in memory; leave it out, or --offload")
+    usual = RecoveryPlan(parse_tokens(tokens), weights=plan.weights, seed=seed)
+    return replace(usual, seqlen=min(seqlen or usual.seqlen, usual.seqlen))
 
 
 def _check_tunable(plan: PruningPlan, allocation: str | None) -> None:

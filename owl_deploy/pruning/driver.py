@@ -56,9 +56,10 @@ def prune_blocks(
         timed: a stopwatch for the metric and the choice of weights alone, without forward passes (paper, Table 7).
     """
     weights = weights or InMemory()
-    known = dense if plan.statistics == "dense" and needed_statistics(plan.method) == {"squares"} else None
+    known = dense if plan.statistics == "dense" and needed_statistics(plan) == {"squares"} else None
     stream = None
-    if plan.method != "magnitude" and known is None and any(any(share.sparsities.values()) for share in shares):
+    is_dense = not any(any(share.sparsities.values()) for share in shares)
+    if needed_statistics(plan) and known is None and not (is_dense and plan.weights is None):
         if ids is None:
             raise ValueError(f"{plan.method} needs calibration windows")
         stream = weights.stream(model, blocks, ids)
@@ -87,7 +88,7 @@ class _Pruner:
         self._stream = stream
         self._dense_stream = stream.twin() if stream and plan.target == "dense" else None
         self._known = known
-        self._needs = needed_statistics(plan.method)
+        self._needs = needed_statistics(plan)
 
     def block(
         self, block: Block, share: BlockShare, dtypes: Mapping[str, torch.dtype], finished: Finished

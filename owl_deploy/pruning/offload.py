@@ -37,9 +37,11 @@ from owl_deploy.reporting import SILENT, Reporter
 class OffloadedModel:
     """A model on disk, which becomes a checkpoint in `out`; finished blocks are kept in `unfinished`."""
 
-    def __init__(self, source: ModelSource, out: Path, unfinished: Path, device: str) -> None:
+    def __init__(
+        self, source: ModelSource, out: Path, unfinished: Path, device: str, dtype: torch.dtype | None = None
+    ) -> None:
         """Read the files' headers; for what can be wrong with them, see `_Parts`."""
-        self._parts = _Parts(source)
+        self._parts = _Parts(source, dtype)
         self._offloaded = _Offloaded(self._parts, unfinished, device)
         self._out = out
         self.model: PreTrainedModel = self._parts.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.models.load import load_model
@@ -28,10 +29,16 @@ class Opened(Protocol):
 
 
 class OpenedModel:
-    """A model whole in memory, which becomes a checkpoint in `out`; finished blocks are kept in `unfinished`."""
+    """A model whole in memory, which becomes a checkpoint in `out`; finished blocks are kept in `unfinished`.
 
-    def __init__(self, source: ModelSource, out: Path, unfinished: Path, device: str) -> None:
-        self.model: PreTrainedModel = load_model(source)
+    Args:
+        dtype: of the checkpoint; None for that of `source`.
+    """
+
+    def __init__(
+        self, source: ModelSource, out: Path, unfinished: Path, device: str, dtype: torch.dtype | None = None
+    ) -> None:
+        self.model: PreTrainedModel = load_model(source, dtype)
         self.blocks: list[Block] = find_blocks(self.model)
         self.weights: BlockWeights = InMemory(device)
         self.finished = FinishedBlocks(unfinished)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from owl_deploy.errors import UserError
+from owl_deploy.rounding import ROUNDED, Rounded
 
 Method = Literal["magnitude", "wanda", "wanda-variant", "sparsegpt", "ria", "admm", "ablate-magnitude", "ablate-wanda"]
 Allocation = Literal[
@@ -103,6 +104,8 @@ class PruningPlan:
         dampening: added to the Hessian's diagonal, as a fraction of its mean. ADMM's 0.3 is what measured best of 0.02,
             0.1 and 0.3 on SmolLM2-135M.
         admm_steps: iterations of ADMM.
+        weights: the grid that kept weights are rounded to, by GPTQ, after the mask is chosen (with SparseGPT: as it is
+            chosen); None for no rounding. The checkpoint is then fp32, as 16 bits do not hold the grid.
     """
 
     sparsity: float
@@ -120,6 +123,7 @@ class PruningPlan:
     block_size: int = 128
     dampening: float | None = None
     admm_steps: int = 20
+    weights: Rounded | None = None
 
     def __post_init__(self) -> None:
         for index, value in enumerate(self.block_sparsities or ()):
@@ -134,6 +138,7 @@ class PruningPlan:
         _check_choice("statistics", self.statistics, get_args(Statistics))
         _check_choice("target", self.target, get_args(Target))
         _check_choice("ablation", self.ablation, get_args(Ablation))
+        _check_choice("weights", self.weights, ROUNDED)
         self._check_combinations()
         self._check_numbers()
 
@@ -146,7 +151,7 @@ class PruningPlan:
     @property
     def needs_inputs(self) -> bool:
         """Whether the method looks at the inputs of linears."""
-        return self.sparsity > 0 and self.method != "magnitude"
+        return self.weights is not None or (self.sparsity > 0 and self.method != "magnitude")
 
     def _fill_in(self) -> None:
         """Set what is None to the default of the method or allocation it belongs to."""

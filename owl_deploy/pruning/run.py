@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +34,8 @@ from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
 from owl_deploy.pruning.recipe.read import Recipe
 from owl_deploy.pruning.recipe.write import write_recipes
 from owl_deploy.pruning.tune import tune
-from owl_deploy.records import TextRecord, fingerprint, versions
-from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.records import fingerprint, versions
+from owl_deploy.reporting import SILENT, Clock, Reporter
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
 
 _STATISTICS = "statistics.safetensors"
@@ -95,8 +93,8 @@ def prune_checkpoint(
     Raises:
         UserError: something is wrong with the model, the text or the output directory; `out` is then not there.
     """
-    clock = _Clock()
-    _check_device(execution.device)
+    clock = Clock()
+    check_device(execution.device)
     if execution.offload:
         if tune_over:
             raise UserError("--tune tries allocations on the whole model in memory; leave out --offload, or --tune")
@@ -106,7 +104,7 @@ def prune_checkpoint(
     tokenizer = load_tokenizer(source)
     with clock.phase("text"):
         windows = _calibration_windows(plan, bool(tune_over), calibration, tokenizer)
-        evaluated = _evaluation_windows(evaluation, tokenizer)
+        evaluated = evaluation_of(evaluation, tokenizer)
     inputs = {
         "model": model_sha256,
         "plan": dataclasses.asdict(plan),
@@ -126,7 +124,7 @@ def prune_checkpoint(
 
     with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, resumed_sha256) as unfinished:
         with clock.phase("load"):
-            opened = _open(source, staging, unfinished, execution)
+            opened = open_model(source, staging, unfinished, execution, torch.float32 if plan.weights else None)
             model, blocks = opened.model, opened.blocks
         block_class, names = type(blocks[0].module).__name__, [block.name for block in blocks]
         if recipe is not None:
@@ -136,8 +134,10 @@ def prune_checkpoint(
                 check_windows(text, vocabulary=model.config.vocab_size, context=context_length(model))
 
         def evaluate(checkpoint: ModelSource) -> float | None:
+            if evaluated is None:
+                return None
             with clock.phase("evaluate"):
-                return _evaluate(checkpoint, evaluated, execution, unfinished, reporter)
+                return measured_perplexity(checkpoint, evaluated, execution, unfinished, reporter)
 
         before = evaluate(source)
         trials: list[TrialRecord] = []
@@ -175,7 +175,7 @@ def prune_checkpoint(
             block_class=block_class,
             plan=dataclasses.asdict(plan),
             seed=calibration.seed,
-            calibration=_text_record(windows),
+            calibration=windows.record if windows else None,
             tuning=trials,
             sparsity_asked=plan.sparsity if plan.linear_sparsities is None else _mean_share(shares, blocks),
             sparsity_achieved=sum(block.sparsity_achieved * block.weights for block in records) / weights,
@@ -190,9 +190,12 @@ def prune_checkpoint(
     return manifest
 
 
-def _open(source: ModelSource, out: Path, unfinished: Path, execution: Execution) -> Opened:
+def open_model(
+    source: ModelSource, out: Path, unfinished: Path, execution: Execution, dtype: torch.dtype | None = None
+) -> Opened:
+    """A model in memory, or on disk with `offload`, which becomes a checkpoint in `out`."""
     kind = OffloadedModel if execution.offload else OpenedModel
-    return kind(source, out, unfinished, execution.device)
+    return kind(source, out, unfinished, execution.device, dtype)
 
 
 def _mean_share(shares: Sequence[BlockShare], blocks: Sequence[Block]) -> float:
@@ -200,7 +203,12 @@ def _mean_share(shares: Sequence[BlockShare], blocks: Sequence[Block]) -> float:
     return asked / sum(block.weights for block in blocks)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device where torch does not compute.
+
+    Raises:
+        UserError: it is one.
+    """
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -265,20 +273,17 @@ def _dense_statistics(
     return dense
 
 
-def _evaluate(
-    source: ModelSource, windows: TokenWindows | None, execution: Execution, scratch: Path, reporter: Reporter
-) -> float | None:
+def measured_perplexity(
+    source: ModelSource, windows: TokenWindows, execution: Execution, scratch: Path, reporter: Reporter
+) -> float:
     """Perplexity of a checkpoint in fp32, whatever dtype it is stored in."""
-    if windows is None:
-        return None
     if execution.offload:
         return offloaded_perplexity(source, windows.ids, scratch, execution.device, reporter)
     return perplexity(load_model(source, torch.float32), windows.ids, reporter)
 
 
-def _evaluation_windows(
-    evaluation: Evaluation | None, tokenizer: PreTrainedTokenizerBase | None
-) -> TokenWindows | None:
+def evaluation_of(evaluation: Evaluation | None, tokenizer: PreTrainedTokenizerBase | None) -> TokenWindows | None:
+    """The windows that are to be measured on, if any."""
     if evaluation is None:
         return None
     return evaluation_windows(evaluation.spec, tokenizer, seqlen=evaluation.seqlen, limit=evaluation.windows)
@@ -287,29 +292,6 @@ def _evaluation_windows(
 def _perplexity_record(
     windows: TokenWindows | None, before: float | None, after: float | None
 ) -> PerplexityRecord | None:
-    text = _text_record(windows)
-    if text is None or before is None or after is None:
+    if windows is None or before is None or after is None:
         return None
-    return PerplexityRecord(text=text, before=before, after=after)
-
-
-def _text_record(windows: TokenWindows | None) -> TextRecord | None:
-    if windows is None:
-        return None
-    count, seqlen = windows.ids.shape
-    return TextRecord(source=windows.source, windows=count, seqlen=seqlen, sha256=windows.sha256)
-
-
-class _Clock:
-    """Wall-clock seconds per phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+    return PerplexityRecord(text=windows.record, before=before, after=after)

@@ -31,7 +31,7 @@ from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.manifest import BlockRecord
 from owl_deploy.pruning.run import Calibration, Evaluation
 from owl_deploy.pruning.weights import InMemory, restored
-from owl_deploy.records import TextRecord, fingerprint, read_record, versions
+from owl_deploy.records import fingerprint, read_record, versions
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult, TasksRecord
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
@@ -283,16 +283,11 @@ def _describe(
         model=source.name,
         model_sha256=str(inputs["model"]),
         block_names=[block.name for block in blocks],
-        calibration=_text_record(windows),
-        evaluation=_text_record(evaluated) if evaluated else None,
+        calibration=windows.record,
+        evaluation=evaluated.record if evaluated else None,
         tasks=asked.record if asked else None,
         threads=torch.get_num_threads(),
         cpu=cpu_model(),
         inputs_sha256=fingerprint(inputs),
         versions=versions(),
     )
-
-
-def _text_record(windows: TokenWindows) -> TextRecord:
-    count, seqlen = windows.ids.shape
-    return TextRecord(source=windows.source, windows=count, seqlen=seqlen, sha256=windows.sha256)

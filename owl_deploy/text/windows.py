@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from owl_deploy.errors import UserError
+from owl_deploy.records import TextRecord
 from owl_deploy.text.documents import Split, load_documents
 
 DEFAULT_SAMPLES = 128
@@ -34,6 +35,12 @@ class TokenWindows:
     def sha256(self) -> str:
         """Over the ids as little-endian int64: equal for equal tokens, whatever the text's format."""
         return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def record(self) -> TextRecord:
+        """What a manifest says of them."""
+        count, seqlen = self.ids.shape
+        return TextRecord(source=self.source, windows=count, seqlen=seqlen, sha256=self.sha256)
 
 
 def calibration_windows(
@@ -81,16 +88,26 @@ def evaluation_windows(
     Raises:
         UserError: the text is shorter than one window, or needs a tokenizer the model does not have.
     """
+    windows = whole_windows(spec, tokenizer, seqlen=seqlen, split="evaluation")
+    return TokenWindows(windows.ids[:limit], spec)
+
+
+def whole_windows(
+    spec: str, tokenizer: PreTrainedTokenizerBase | None, *, seqlen: int | None, split: Split
+) -> TokenWindows:
+    """All consecutive windows of `seqlen` tokens, the tail dropped.
+
+    Raises:
+        UserError: the text is shorter than one window, or needs a tokenizer the model does not have.
+    """
     if spec.endswith(".npy"):
-        windows = _windows_of_ids(spec, None, seqlen)
-        return TokenWindows(windows.ids[:limit], spec)
+        return _windows_of_ids(spec, None, seqlen)
     seqlen = seqlen or DEFAULT_SEQLEN
-    split: Split = "evaluation"
     whole = _tokenize(_require(tokenizer, spec), "\n\n".join(load_documents(spec, split)))
     count = len(whole) // seqlen
     if count == 0:
         raise UserError(f"{spec}: {len(whole)} tokens are less than one window of {seqlen}; give a shorter --seqlen")
-    return TokenWindows(whole[: count * seqlen].reshape(count, seqlen)[:limit], spec)
+    return TokenWindows(whole[: count * seqlen].reshape(count, seqlen), spec)
 
 
 def check_windows(windows: TokenWindows, *, vocabulary: int, context: int | None) -> None:

@@ -87,6 +87,15 @@ class CalibrationStream:
     def __len__(self) -> int:
         return len(self._hidden)
 
+    @property
+    def hidden(self) -> Tensors:
+        """The hidden states [1, length, hidden] of every sequence, as they are now."""
+        return self._hidden
+
+    def run(self, block: Block, index: int) -> torch.Tensor:
+        """What the block puts out for one sequence; the stream stays before the block."""
+        return self._run(block, self._hidden[index])
+
     def twin(self) -> CalibrationStream:
         """A second stream from the same place."""
         twin = copy.copy(self)

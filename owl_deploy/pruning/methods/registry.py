@@ -15,6 +15,9 @@ from owl_deploy.pruning.methods.selection import smallest_of_each_group, smalles
 from owl_deploy.pruning.methods.sparsegpt import Scores, saliency, sparsegpt
 from owl_deploy.pruning.methods.wanda import wanda_mask, wanda_scores, wanda_variant_mask
 from owl_deploy.pruning.plan import NM, Method, PruningPlan
+from owl_deploy.rounding import GRIDS, Grid
+
+_ROUNDING_DAMPENING = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,17 @@ class Pruned:
 
 
 def prune_linear(task: Task) -> Pruned:
-    """Prune one linear by the plan's method."""
-    if task.sparsity == 0 and task.pattern is None:
-        return Pruned(task.weight)
-    return _METHODS[task.plan.method].prune(task)
+    """Prune one linear by the plan's method, and round what is kept if the plan says so."""
+    is_dense = task.sparsity == 0 and task.pattern is None
+    pruned = Pruned(task.weight) if is_dense else _METHODS[task.plan.method].prune(task)
+    if task.plan.weights is None or (task.plan.method == "sparsegpt" and not is_dense):  # which rounds as it prunes
+        return pruned
+    return _rounded(task, pruned, GRIDS[task.plan.weights])
 
 
-def needed_statistics(method: Method) -> frozenset[Statistic]:
-    """What the method has to know about a linear's inputs."""
-    return _METHODS[method].statistics
+def needed_statistics(plan: PruningPlan) -> frozenset[Statistic]:
+    """What the method, and the rounding, have to know about a linear's inputs."""
+    return _METHODS[plan.method].statistics | (_GRAM if plan.weights else frozenset())
 
 
 # -------------------- the methods
@@ -101,8 +106,23 @@ def _sparsegpt(task: Task, scores: Scores = saliency, fixed_mask: torch.Tensor |
         dampening=_given(task.plan.dampening),
         scores=scores,
         fixed_mask=fixed_mask,
+        grid=GRIDS[task.plan.weights] if task.plan.weights and task.plan.method == "sparsegpt" else None,
     )
     return Pruned(result.weight, result.dampening)
+
+
+def _rounded(task: Task, pruned: Pruned, grid: Grid) -> Pruned:
+    """GPTQ on the weights that are kept, which make up for what rounding the others changes."""
+    result = sparsegpt(
+        pruned.weight,
+        task.statistics.hessian(task.name),
+        task.sparsity,
+        block_size=task.plan.block_size,
+        dampening=_ROUNDING_DAMPENING,
+        fixed_mask=pruned.weight == 0,
+        grid=grid,
+    )
+    return Pruned(result.weight, pruned.dampening)
 
 
 def _admm(task: Task) -> Pruned:

@@ -1,4 +1,7 @@
-"""SparseGPT (Frantar & Alistarh 2023): prune column by column, and let the columns to the right make up for it."""
+"""SparseGPT (Frantar & Alistarh 2023): prune column by column, and let the columns to the right make up for it.
+
+With a grid, weights are rounded in the same pass, as GPTQ (Frantar et al. 2022) does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from owl_deploy.pruning.methods.damping import damped, inverse
 from owl_deploy.pruning.methods.selection import smallest_of_each_group, smallest_of_layer
 from owl_deploy.pruning.plan import NM
+from owl_deploy.rounding import Grid
 
 Scores = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """Of some columns' current weights [out, n], diag(U) there [n], and where they are: what to prune by, [out, n]."""
@@ -38,6 +42,7 @@ def sparsegpt(
     dampening: float = 0.01,
     scores: Scores = saliency,
     fixed_mask: torch.Tensor | None = None,
+    grid: Grid | None = None,
 ) -> SparseGPTResult:
     """Prune one linear and update its remaining weights.
 
@@ -49,6 +54,8 @@ def sparsegpt(
             ten times as much is tried, and so on.
         scores: what is pruned by, on weights as updated so far (the published ablations put another metric here).
         fixed_mask: bool [out, in], true where to prune: then only the update is SparseGPT's.
+        grid: what the weights that stay are rounded to; those to the right make up for that as well. The scale of a
+            group is set by its weights as updated when the first of them is rounded.
 
     Raises:
         UserError: H stays indefinite (it holds NaN or infinities).
@@ -78,12 +85,26 @@ def sparsegpt(
                     scores(block[:, group], factor.diagonal()[group], where), pattern
                 )
             kept = block[:, i].masked_fill(mask[:, i], 0)
+            if grid is not None:
+                if (start + i) % (grid.group or W.shape[1]) == 0:
+                    scales = grid.scales(_group(W, block, mask, slice(start, end), i, grid))[:, 0]
+                kept = grid.nearest(kept, scales)
             error[:, i] = (block[:, i] - kept) / factor[i, i]
             block[:, i:] -= torch.outer(error[:, i], factor[i, i:])
             block[:, i] = kept
         W[:, start:end] = block
         W[:, end:] -= error @ U[start:end, end:]
+    if grid is not None and not grid.both_signs:
+        # Packers take an int8 row's scale from its largest weight, which updates may have made smaller.
+        W = grid.rounded(W)
     return SparseGPTResult(W, used)
+
+
+def _group(W: torch.Tensor, block: torch.Tensor, mask: torch.Tensor, where: slice, i: int, grid: Grid) -> torch.Tensor:
+    """The weights of the group that begins at column `i` of a block, pruned ones zeroed as far as is decided."""
+    last = where.start + i + (grid.group or W.shape[1])
+    inside = block[:, i : last - where.start].masked_fill(mask[:, i : last - where.start], 0)
+    return torch.cat([inside, W[:, where.stop : last]], dim=1)
 
 
 def _inverse_cholesky(H: torch.Tensor) -> torch.Tensor | None:

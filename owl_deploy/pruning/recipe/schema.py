@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from owl_deploy.pruning.plan import Ablation, Allocation, Granularity, Method, Statistics, Target
+from owl_deploy.rounding import Rounded
 
 CLASS_OF: dict[Method, str] = {
     "magnitude": "MagnitudePruningModifier",
@@ -116,6 +117,7 @@ class Own(Modifier):
     block_size: _Integer = Field(default=128, description="an integer of at least 1")
     dampening: _Real | None = Field(default=None, description="a number above 0")
     admm_steps: _Integer = Field(default=20, description="an integer of at least 1")
+    weights: Rounded | None = Field(default=None, description="int8, int4 or int3")
     mask_structure: str = Field(
         default=UNSTRUCTURED,
         pattern=f"^(mixed-)?{_NM_PATTERN}$",
