@@ -26,9 +26,12 @@ def prune(
         Optional[str],
         typer.Option(
             help="Allocation of sparsity to blocks: owl (default), owl-per-layer, owl-inverse, dlp, linear, global, "
-            "erdos-renyi, er-plus, uniform; or a .json file: a list with one sparsity per block, or an object with one "
-            "per linear, by name."
+            "erdos-renyi, er-plus, uniform; search (by linear, through evolution on held-out calibration text); or a "
+            ".json file: a list with one sparsity per block, or an object with one per linear, by name."
         ),
+    ] = None,
+    generations: Annotated[
+        Optional[int], typer.Option(min=1, help="For --allocation search: generations. Default: 400.")
     ] = None,
     owl_m: options.OwlM = None,
     half_range: options.HalfRange = None,
@@ -169,6 +172,7 @@ def prune(
         "percdamp": percdamp,
         "admm_steps": admm_steps,
         "weights": weights,
+        "generations": generations,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     read = None

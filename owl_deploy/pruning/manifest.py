@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -65,6 +66,30 @@ class TrialRecord(Record):
         return f"{self.allocation}{of_owl}{of_range}: perplexity {self.perplexity:.2f}"
 
 
+class SearchRecord(Record):
+    """The best of a search after a generation that changed it."""
+
+    generation: int
+    """0: where it began."""
+    kl: float
+    """KL(dense || best), nats a token, on all held-out windows."""
+    sparsities: list[float]
+    """Of the best, by linear."""
+
+
+class SearchSummary(Record):
+    """What an evolutionary search began with, and what it came to; the rest is in `search.csv`."""
+
+    generation: int
+    """The last that changed the best."""
+    kl_first: float
+    kl_last: float
+
+    @classmethod
+    def of(cls, log: Sequence[SearchRecord]) -> SearchSummary | None:
+        return cls(generation=log[-1].generation, kl_first=log[0].kl, kl_last=log[-1].kl) if log else None
+
+
 class PruningManifest(Record):
     """The whole of `pruning.json`."""
 
@@ -77,6 +102,7 @@ class PruningManifest(Record):
     seed: int
     calibration: TextRecord | None
     tuning: list[TrialRecord] = Field(default_factory=list)
+    search: SearchSummary | None = None
     sparsity_asked: float
     sparsity_achieved: float
     blocks: list[BlockRecord]

@@ -23,6 +23,7 @@ Allocation = Literal[
     "er-plus",
     "dlp",
     "linear",
+    "search",
     "explicit",
 ]
 Granularity = Literal["row", "layer", "global"]
@@ -104,6 +105,7 @@ class PruningPlan:
         dampening: added to the Hessian's diagonal, as a fraction of its mean. ADMM's 0.3 is what measured best of 0.02,
             0.1 and 0.3 on SmolLM2-135M.
         admm_steps: iterations of ADMM.
+        generations: of the evolution that the `search` allocation is (400 by default).
         weights: the grid that kept weights are rounded to, by GPTQ, after the mask is chosen (with SparseGPT: as it is
             chosen); None for no rounding. The checkpoint is then fp32, as 16 bits do not hold the grid.
     """
@@ -123,6 +125,7 @@ class PruningPlan:
     block_size: int = 128
     dampening: float | None = None
     admm_steps: int = 20
+    generations: int | None = None
     weights: Rounded | None = None
 
     def __post_init__(self) -> None:
@@ -150,8 +153,10 @@ class PruningPlan:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether the method looks at the inputs of linears."""
-        return self.weights is not None or (self.sparsity > 0 and self.method != "magnitude")
+        """Whether the method, the rounding or the allocation looks at the inputs of linears."""
+        if self.weights is not None or (self.allocation == "search" and self.sparsity > 0):
+            return True
+        return self.sparsity > 0 and self.method != "magnitude"
 
     def _fill_in(self) -> None:
         """Set what is None to the default of the method or allocation it belongs to."""
@@ -170,6 +175,8 @@ class PruningPlan:
             defaults["target"] = "layer" if self.statistics == "dense" else "dense"
         if self.method.startswith("ablate"):
             defaults["ablation"] = "seq"
+        if allocation == "search":
+            defaults["generations"] = 400
         if self.method in _WITH_DAMPENING:
             defaults["dampening"] = 0.3 if self.method == "admm" else 0.01
         for name, value in defaults.items():
@@ -218,6 +225,10 @@ class PruningPlan:
             raise UserError(f"dampening {self.dampening} must be above 0")
         if self.dampening is not None and self.method not in _WITH_DAMPENING:
             raise UserError(f"{self.method} inverts no Hessian; leave out --percdamp")
+        if self.generations is not None and self.allocation != "search":
+            raise UserError(f"the {self.allocation} allocation has no generations; leave them out")
+        if self.generations is not None and self.generations < 1:
+            raise UserError(f"generations {self.generations} must be at least 1")
         if self.admm_steps < 1:
             raise UserError(f"admm_steps {self.admm_steps} must be at least 1")
 

@@ -27,12 +27,23 @@ from owl_deploy.pruning.allocate import allocate
 from owl_deploy.pruning.calibration.dense import DenseStatistics, measure_dense
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.figure import plot_allocation
-from owl_deploy.pruning.manifest import MANIFEST, PerplexityRecord, PruningManifest, TrialRecord, read_manifest
+from owl_deploy.pruning.manifest import (
+    MANIFEST,
+    PerplexityRecord,
+    PruningManifest,
+    SearchRecord,
+    SearchSummary,
+    TrialRecord,
+    read_manifest,
+)
 from owl_deploy.pruning.offload import OffloadedModel, offloaded_perplexity
 from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
 from owl_deploy.pruning.recipe.read import Recipe
 from owl_deploy.pruning.recipe.write import write_recipes
+from owl_deploy.pruning.search.evolve import Effort
+from owl_deploy.pruning.search.report import write_search
+from owl_deploy.pruning.search.run import search
 from owl_deploy.pruning.tune import tune
 from owl_deploy.records import fingerprint, versions
 from owl_deploy.reporting import SILENT, Clock, Reporter
@@ -98,6 +109,8 @@ def prune_checkpoint(
     if execution.offload:
         if tune_over:
             raise UserError("--tune tries allocations on the whole model in memory; leave out --offload, or --tune")
+        if plan.allocation == "search":
+            raise UserError("--allocation search compares whole models in memory; leave out --offload, or search")
         safetensors_files(source)
     with clock.phase("hash"):
         model_sha256 = source.fingerprint()
@@ -144,6 +157,21 @@ def prune_checkpoint(
         if tune_over and windows is not None:
             with clock.phase("tune"):
                 plan, trials = _tune(opened, plan, tune_over, windows, unfinished, reporter)
+        searched: list[SearchRecord] = []
+        if plan.allocation == "search" and windows is not None and plan.sparsity > 0:
+            with clock.phase("search"):
+                plan, searched = search(
+                    model,
+                    blocks,
+                    plan,
+                    windows.ids,
+                    opened.weights,
+                    effort=Effort(plan.generations or 0),
+                    seed=calibration.seed,
+                    kept=unfinished,
+                    reporter=reporter,
+                )
+            write_search(searched, plan, staging)
         with clock.phase("allocate"):
             measured_of = {"model": model_sha256, **conditions}
             dense = _dense_statistics(
@@ -173,10 +201,11 @@ def prune_checkpoint(
             model_sha256=model_sha256,
             family=type(model).__name__,
             block_class=block_class,
-            plan=dataclasses.asdict(plan),
+            plan=dataclasses.asdict(plan) | ({"allocation": "search"} if searched else {}),
             seed=calibration.seed,
             calibration=windows.record if windows else None,
             tuning=trials,
+            search=SearchSummary.of(searched),
             sparsity_asked=plan.sparsity if plan.linear_sparsities is None else _mean_share(shares, blocks),
             sparsity_achieved=sum(block.sparsity_achieved * block.weights for block in records) / weights,
             blocks=records,

@@ -6,7 +6,6 @@ number. So a run that continues from a saved state makes the bytes of one that w
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from owl_deploy.errors import CheckFailed
 from owl_deploy.files import written_whole
+from owl_deploy.models.logits import forward_at
 from owl_deploy.models.shards import write_shard
 from owl_deploy.models.structure import set_matrix
 from owl_deploy.records import Record
@@ -97,7 +97,6 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             [one.master for one in self._trained], plan.peak, BETAS, weight_decay=plan.decay, fused=True
         )
-        self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def parameters(self) -> int:
@@ -199,11 +198,9 @@ class Trainer:
         ]
 
     def _seen(self, model: PreTrainedModel, sequences: torch.Tensor, positions: torch.Tensor) -> Seen:
-        only = {"logits_to_keep": positions} if self._takes_positions else {}
-        output = model(sequences, use_cache=False, output_hidden_states=bool(self._plan.hidden), **only)
+        output = forward_at(model, sequences, positions, output_hidden_states=bool(self._plan.hidden))
         hidden = output.hidden_states or ()
-        logits = output.logits if only else output.logits[:, positions]
-        return Seen(hidden[-1:] if self._plan.states == "last" else hidden[1:], logits)
+        return Seen(hidden[-1:] if self._plan.states == "last" else hidden[1:], output.logits)
 
     def _move(self, number: int, *, is_finite: bool) -> None:
         """One step of the optimizer, by the gradients of the model's parameters."""
