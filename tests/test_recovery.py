@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,29 @@ def test_the_same_inputs_give_the_same_bytes_also_after_a_kill(
     other = run_cli(*arguments, "--seed", 1, "-o", tmp_path / "out")
     assert other.code == 2 and "other inputs" in other.stderr
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_fills_up_leaves_the_last_save(
+    run_cli: RunCli, tiny_model: TinyModel, sparse: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["recover", sparse, "--dense", tiny_model("llama"), "--text", text, *OPTIONS]
+    assert run_cli(*arguments, "-o", tmp_path / "whole").code == 0
+    monkeypatch.setattr(training, "_SAVED_EVERY_S", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted_at(4, Trainer.step))
+        assert run_cli(*arguments, "-o", tmp_path / "out").code == 130
+    saved = (tmp_path / ".out.unfinished" / "state.safetensors").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a larger file fails as on a full disk
+    try:
+        ran = run_cli(*arguments, "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ran.code == 2 and "cannot be written" in ran.stderr and "make room" in ran.stderr
+    assert (tmp_path / ".out.unfinished" / "state.safetensors").read_bytes() == saved
+    assert run_cli(*arguments, "-o", tmp_path / "out").code == 0
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
 
 
 def interrupted_at(number: int, step: Any) -> Any:
