@@ -118,13 +118,15 @@ def prune_checkpoint(
     with clock.phase("text"):
         windows = _calibration_windows(plan, bool(tune_over), calibration, tokenizer)
         evaluated = evaluation_of(evaluation, tokenizer)
-    inputs = {
+    inputs: dict[str, object] = {
         "model": model_sha256,
         "plan": dataclasses.asdict(plan),
         "tune_over": tune_over,
         "calibration": windows.sha256 if windows else None,
         "evaluation": evaluated.sha256 if evaluated else None,
     }
+    if plan.allocation == "search":
+        inputs["seed"] = calibration.seed
     inputs_sha256 = fingerprint(inputs)
     # Parts that were made in another way are not put together.
     conditions: dict[str, object] = {"versions": versions(), "device": execution.device}
@@ -160,17 +162,7 @@ def prune_checkpoint(
         searched: list[SearchRecord] = []
         if plan.allocation == "search" and windows is not None and plan.sparsity > 0:
             with clock.phase("search"):
-                plan, searched = search(
-                    model,
-                    blocks,
-                    plan,
-                    windows.ids,
-                    opened.weights,
-                    effort=Effort(plan.generations or 0),
-                    seed=calibration.seed,
-                    kept=unfinished,
-                    reporter=reporter,
-                )
+                plan, searched = _search(opened, plan, windows, calibration.seed, unfinished, reporter)
             write_search(searched, plan, staging)
         with clock.phase("allocate"):
             measured_of = {"model": model_sha256, **conditions}
@@ -266,6 +258,17 @@ def _tune(
         known=known,
         tried=lambda trials: write_json(file, [trial.model_dump(mode="json") for trial in trials]),
         reporter=reporter,
+    )
+
+
+def _search(
+    opened: Opened, plan: PruningPlan, windows: TokenWindows, seed: int, unfinished: Path, reporter: Reporter
+) -> tuple[PruningPlan, list[SearchRecord]]:
+    """`search`, as long as the plan says."""
+    effort = Effort(plan.generations or 0)
+    model, blocks, weights = opened.model, opened.blocks, opened.weights
+    return search(
+        model, blocks, plan, windows.ids, weights, effort=effort, seed=seed, kept=unfinished, reporter=reporter
     )
 
 

@@ -34,7 +34,8 @@ def parse_tokens(text: str) -> int:
 class RecoveryPlan:
     """Training of the weights that pruning has kept: how long, towards what, and how fast.
 
-    The defaults of the losses and the optimizer are what measured best on SmolLM2-135M; see docs/recovery.md.
+    The defaults of the losses and the optimizer are those of a prototype that took SmolLM2-135M at 50% from perplexity
+    33.8 to 27.1 in 389k tokens; they were not tuned.
 
     Attributes:
         tokens: how many to train on; the last step is whole, and may exceed it.
