@@ -108,6 +108,15 @@ def test_allocation_tries_all_of_them(study: Any, tmp_path: Path) -> None:
     assert {row["paper_llama_7b"] for row in found[1:]} == {""}  # the paper's are Wanda's
 
 
+def test_allocation_searches_too_if_it_is_told_how_long(study: Any, tmp_path: Path) -> None:
+    options = ["--sparsities", "0.6", "--method", "magnitude", "--generations", "8"]
+    study("allocation", tmp_path / "out", *options)
+    found = rows(tmp_path / "out" / "allocation.csv")
+    assert found[-1]["allocation"] == "search"
+    assert float(found[-1]["sparsity_achieved"]) == pytest.approx(0.6, abs=5e-3)
+    assert not list((tmp_path / "out").glob(".search-*"))
+
+
 def test_nm_tells_our_n_from_the_papers(study: Any, tmp_path: Path) -> None:
     study("nm", tmp_path / "out")
     found = rows(tmp_path / "out" / "nm.csv")[1:]

@@ -175,19 +175,26 @@ def granularity(request: _WithPerplexity, sparsities: Sparsities = "0.1:0.7:0.1"
 
 
 @_command
-def allocation(request: _WithPerplexity, sparsities: Sparsities = "0.1:0.8:0.1", method: Method = "wanda") -> None:
+def allocation(
+    request: _WithPerplexity,
+    sparsities: Sparsities = "0.1:0.8:0.1",
+    method: Method = "wanda",
+    generations: Annotated[
+        Optional[int], typer.Option(min=1, help="Also search, by `--allocation search`, for so many generations.")
+    ] = None,
+) -> None:
     """Perplexity by how sparsity is allocated to blocks (paper, Table 4, and later allocations).
 
     Examples:
 
         owl-deploy study allocation demo -o allocation --calibration demo --samples 32 --seqlen 512 --evaluate demo
 
-        owl-deploy study allocation ./model -o allocation --method sparsegpt --sparsities 0.6,0.7
+        owl-deploy study allocation ./model -o allocation --method sparsegpt --sparsities 0.6,0.7 --generations 400
     """
     from owl_deploy.studies.cells import levels
     from owl_deploy.studies.compare import allocation as study
 
-    request.run(study(levels(sparsities), method))
+    request.run(study(levels(sparsities), method, generations))
 
 
 @_command

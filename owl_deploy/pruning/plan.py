@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 _GRANULARITY: dict[Method, Granularity] = {"magnitude": "layer", "wanda": "row", "ria": "layer", "admm": "layer"}
 """What each score is compared with, where it is a choice, and the published one."""
+_LATER = ("generations", "weights")
 _BY_LOD = ("owl", "owl-per-layer", "owl-inverse")
 _WITH_HALF_RANGE = (*_BY_LOD, "dlp", "linear")
 _WITH_DAMPENING = ("sparsegpt", "admm", "ablate-magnitude", "ablate-wanda")
@@ -144,6 +145,13 @@ class PruningPlan:
         _check_choice("weights", self.weights, ROUNDED)
         self._check_combinations()
         self._check_numbers()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All that was decided. Fields that came later are there only where they are used: what an earlier version
+        made of the same plan is found again.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value is not None}
 
     @property
     def needs_lod(self) -> bool:

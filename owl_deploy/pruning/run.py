@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def prune_checkpoint(
         evaluated = evaluation_of(evaluation, tokenizer)
     inputs: dict[str, object] = {
         "model": model_sha256,
-        "plan": dataclasses.asdict(plan),
+        "plan": plan.fields,
         "tune_over": tune_over,
         "calibration": windows.sha256 if windows else None,
         "evaluation": evaluated.sha256 if evaluated else None,
@@ -193,7 +192,7 @@ def prune_checkpoint(
             model_sha256=model_sha256,
             family=type(model).__name__,
             block_class=block_class,
-            plan=dataclasses.asdict(plan) | ({"allocation": "search"} if searched else {}),
+            plan=plan.fields | ({"allocation": "search"} if searched else {}),
             seed=calibration.seed,
             calibration=windows.record if windows else None,
             tuning=trials,

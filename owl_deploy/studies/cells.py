@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ class Study:
     @cached_property
     def keys(self) -> list[str]:
         """The key of each cell's record."""
-        return [fingerprint({"plan": dataclasses.asdict(cell.plan), "lod_m": self.lod_m}) for cell in self.cells]
+        return [fingerprint({"plan": cell.plan.fields, "lod_m": self.lod_m}) for cell in self.cells]
 
 
 def dense_cell(*labels: str) -> Cell:

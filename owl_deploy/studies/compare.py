@@ -50,8 +50,11 @@ def granularity(sparsities: Sequence[float]) -> Study:
     return _study("granularity", "Pruning granularity", cells, paper, "paper's Table 3", note)
 
 
-def allocation(sparsities: Sequence[float], method: str) -> Study:
+def allocation(sparsities: Sequence[float], method: str, generations: int | None = None) -> Study:
     """Allocations of sparsity to blocks (paper, Table 4).
+
+    Args:
+        generations: also search, for as many.
 
     Raises:
         UserError: the method is unknown.
@@ -61,6 +64,11 @@ def allocation(sparsities: Sequence[float], method: str) -> Study:
         for sparsity in sparsities
         for name in _ALLOCATIONS
     ]
+    if generations is not None:
+        cells += [
+            Cell({"allocation": "search"}, PruningPlan(sparsity, method, "search", generations=generations))  # type: ignore[arg-type]  # checked by the plan
+            for sparsity in sparsities
+        ]
 
     def paper(cell: CellRecord) -> float | None:
         return at_tenth(TABLE_4, cell.labels["allocation"], cell.sparsity_asked) if method == "wanda" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,10 @@ from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.calibration.stream import in_fp32
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.manifest import BlockRecord
+from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, Evaluation
+from owl_deploy.pruning.search.evolve import Effort
+from owl_deploy.pruning.search.run import search
 from owl_deploy.pruning.weights import InMemory, restored
 from owl_deploy.records import fingerprint, read_record, versions
 from owl_deploy.reporting import SILENT, Reporter
@@ -90,7 +94,7 @@ def run_study(
         if missing:
             if made and known:
                 _check_conditions(out, made)
-            bench = _Bench(source, study, windows, evaluated, asked)
+            bench = _Bench(source, study, windows, evaluated, asked, out, calibration.seed)
             record = _describe(source, study, inputs, bench.blocks, windows, evaluated, asked)
             with disk_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +184,10 @@ class _Bench:
         windows: TokenWindows,
         evaluated: TokenWindows | None,
         asked: _Asked | None,
+        out: Path,
+        seed: int,
     ) -> None:
+        self._out, self._seed = out, seed
         self._model = load_model(source)
         self.blocks = find_blocks(self._model)
         for text in (windows, evaluated):
@@ -198,13 +205,16 @@ class _Bench:
         """Prune by the cell's plan, measure, and put the dense weights back."""
         watch = _Stopwatch()
         start = time.perf_counter()
+        plan = cell.plan
         with restored(self.blocks):
             with watch.running():
-                shares = allocate(cell.plan, self.blocks, self._weights, self._dense)
+                if plan.allocation == "search":
+                    plan = self._searched(plan)
+                shares = allocate(plan, self.blocks, self._weights, self._dense)
             records = prune_blocks(
                 self._model,
                 self.blocks,
-                cell.plan,
+                plan,
                 shares,
                 ids=self._ids,
                 dense=self._dense,
@@ -222,7 +232,7 @@ class _Bench:
         return CellRecord(
             key=key,
             labels=cell.labels,
-            plan=dataclasses.asdict(cell.plan),
+            plan=cell.plan.fields,
             sparsity_asked=cell.plan.sparsity,
             sparsity_achieved=sum(one.sparsity_achieved * one.weights for one in records)
             / sum(one.weights for one in records),
@@ -234,6 +244,14 @@ class _Bench:
             metric_cpu_seconds=watch.cpu_seconds,
             seconds=time.perf_counter() - start,
         )
+
+    def _searched(self, plan: PruningPlan) -> PruningPlan:
+        """The plan with what a search chose; the pruned levels that it takes are gone after it."""
+        with disk_errors(self._out), tempfile.TemporaryDirectory(prefix=".search-", dir=self._out) as kept:
+            effort = Effort(plan.generations or 0)
+            model, blocks, weights = self._model, self.blocks, self._weights
+            chosen, _ = search(model, blocks, plan, self._ids, weights, effort=effort, seed=self._seed, kept=Path(kept))
+        return chosen
 
     @torch.no_grad()
     def _mean_score(self, block: Block) -> float:
