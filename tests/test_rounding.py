@@ -62,6 +62,20 @@ def test_no_weight_moves_by_more_than_half_a_step_unless_it_is_beyond_the_grid(
     assert bool((moved[inside] <= 0.5001 * steps[inside]).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(weight=matrices)
+def test_the_best_scales_are_no_worse_than_the_widest(weight: torch.Tensor) -> None:
+    for grid in GRIDS.values():
+        if grid.group is None:
+            continue
+        columns = weight.shape[1]
+        scales = grid.best_scales(weight).repeat_interleave(grid.group, dim=1)[:, :columns]
+        points = grid.nearest(weight, scales)
+        widest = (grid.rounded(weight) - weight).square().sum(1)
+        assert bool(((points - weight).square().sum(1) <= widest * 1.0001 + 1e-12).all())
+        assert torch.equal(grid.rounded(points), points)
+
+
 def test_int4_uses_all_sixteen_values_and_keeps_the_largest_weight() -> None:
     weight = torch.linspace(-1, 2, 64)[None]
     grid = GRIDS["int4"]

@@ -87,7 +87,7 @@ def sparsegpt(
             kept = block[:, i].masked_fill(mask[:, i], 0)
             if grid is not None:
                 if (start + i) % (grid.group or W.shape[1]) == 0:
-                    scales = grid.scales(_group(W, block, mask, slice(start, end), i, grid))[:, 0]
+                    scales = grid.best_scales(_group(W, block, mask, slice(start, end), i, grid))[:, 0]
                 kept = grid.nearest(kept, scales)
             error[:, i] = (block[:, i] - kept) / factor[i, i]
             block[:, i:] -= torch.outer(error[:, i], factor[i, i:])
