@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.search import run as search_run
 from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
-from owl_deploy.pruning.search.levels import level_sparsities
+from owl_deploy.pruning.search.levels import Option, bit_options, sparse_options
 
 from .conftest import RunCli
 
@@ -61,10 +65,13 @@ def test_evolution_comes_to_the_best_choice_and_never_goes_back() -> None:
     assert [generation.choice for generation in rest] == [generation.choice for generation in log[20:]]
 
 
-def test_levels() -> None:
-    assert level_sparsities(0.5, 0.1, 0.2) == (0.3, 0.4, 0.5, 0.6, 0.7)
-    assert level_sparsities(0.9, 0.05, 0.25)[-1] == 0.95
-    assert level_sparsities(0.1, 0.05, 0.25)[0] == 0.0
+def test_options() -> None:
+    assert [option.sparsity for option in sparse_options(0.5, 0.1, 0.2)] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert sparse_options(0.9, 0.05, 0.25)[-1].sparsity == 0.95
+    assert sparse_options(0.1, 0.05, 0.25)[0].sparsity == 0.0
+    bits = [option.bits(1024) for option in bit_options()]
+    assert bits == sorted(bits, reverse=True)
+    assert {Option(0.0, "int3"), Option(0.0, "int4"), Option(0.5, "int4")} <= set(bit_options())
 
 
 # -------------------- by the command
@@ -93,6 +100,35 @@ def test_a_search_is_better_than_owl_on_what_it_compares(
     rest[rest.index("--allocation") : rest.index("--allocation") + 1] = ["--allocation", out / "search.json"]
     assert run_cli("prune", tiny_llama, "-o", again, *rest, "--method", method).code == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_search_in_bits_is_no_worse_than_treating_all_linears_alike(
+    run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    ids, out = reference / "tiny_calib.npy", tmp_path / "out"
+    calibration = ["--calibration", ids, "--quiet", "--json"]
+    options = ["--allocation", "search", "--bits", "3.5", "--generations", 12, "--method", "wanda"]
+    ran = run_cli("prune", tiny_llama, "-o", out, *options, *calibration)
+    assert ran.code == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert told["search"]["kl_last"] <= told["search"]["kl_first"]
+    chosen = json.loads((out / "search.json").read_text())
+    weights = weights_of(out)
+    bits = [
+        Option(value["sparsity"], value["weights"]).bits(weights[name].shape[1]) * weights[name].numel()
+        for name, value in chosen.items()
+    ]
+    assert sum(bits) / sum(weight.numel() for weight in weights.values()) <= 3.5
+    assert len({(value["sparsity"], value["weights"]) for value in chosen.values()}) > 1
+    again = tmp_path / "again"
+    assert run_cli("prune", tiny_llama, "-o", again, "--allocation", out / "search.json", *calibration).code == 0
+    for name, weight in weights_of(again).items():
+        assert torch.equal(weight, weights[name])
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    blocks = find_blocks(load_model(ModelSource("it", directory)))
+    return {block.full_name(name): linear.weight.detach() for block in blocks for name, linear in block.linears.items()}
 
 
 def test_an_interrupted_search_comes_to_the_same(
@@ -126,6 +162,7 @@ def test_an_interrupted_search_comes_to_the_same(
         (["--samples", "1"], "at least 2 calibration windows"),
         (["--pattern", "2:4"], "--pattern fixes the sparsity"),
         (["--generations", "0"], "generations"),
+        (["--bits", "4"], "leave out --sparsity"),
     ],
 )
 def test_searches_that_make_no_sense(

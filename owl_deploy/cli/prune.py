@@ -30,6 +30,13 @@ def prune(
             ".json file: a list with one sparsity per block, or an object with one per linear, by name."
         ),
     ] = None,
+    bits: Annotated[
+        Optional[float],
+        typer.Option(
+            help="For --allocation search: mean bits of a weight, masks and scales included, in place of --sparsity. "
+            "Each linear is then dense in 8, 4 or 3 bits, or sparse in 8 or 4."
+        ),
+    ] = None,
     generations: Annotated[
         Optional[int], typer.Option(min=1, help="For --allocation search: generations. Default: 400.")
     ] = None,
@@ -173,6 +180,7 @@ def prune(
         "admm_steps": admm_steps,
         "weights": weights,
         "generations": generations,
+        "bits": bits,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     read = None
@@ -254,8 +262,12 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         if "sparsity" in fields:
             raise UserError(f"{fields['allocation']} sets every sparsity; leave out --sparsity and --pattern")
         fields |= _explicit(Path(fields["allocation"]))
+    if "bits" in fields:
+        if "sparsity" in fields:
+            raise UserError("--bits sets what the search keeps to; leave out --sparsity and --pattern")
+        fields["sparsity"] = 0.0
     if "sparsity" not in fields:
-        raise UserError("say how much to prune: --sparsity, --pattern or --recipe")
+        raise UserError("say how much to prune: --sparsity, --pattern, --bits or --recipe")
     return fields
 
 
@@ -269,6 +281,8 @@ def _explicit(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--allocation {path}: no such file")
     values = read_json(path)
+    if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
+        return _explicit_options(path, values)
     items = list(values.values()) if isinstance(values, dict) else values
     if not isinstance(items, list) or not items or not all(type(item) in (int, float) for item in items):
         raise UserError(
@@ -276,6 +290,18 @@ def _explicit(path: Path) -> dict[str, Any]:
         )
     field = {"linear_sparsities": values} if isinstance(values, dict) else {"block_sparsities": tuple(items)}
     return {"allocation": "explicit", "sparsity": sum(items) / len(items), **field}
+
+
+def _explicit_options(path: Path, values: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a plan, from an object with a sparsity and a grid for each linear: a search in bits writes it."""
+    if not all(
+        value.keys() == {"sparsity", "weights"} and type(value["sparsity"]) in (int, float) for value in values.values()
+    ):
+        raise UserError(f"{path}: give each linear a sparsity and its weights, or each a number")
+    sparsities = {name: float(value["sparsity"]) for name, value in values.items()}
+    grids = {name: value["weights"] for name, value in values.items()}
+    mean = sum(sparsities.values()) / len(sparsities)
+    return {"allocation": "explicit", "sparsity": mean, "linear_sparsities": sparsities, "linear_weights": grids}
 
 
 def _training(tokens: str, plan: PruningPlan, seqlen: int | None, seed: int, *, offload: bool) -> RecoveryPlan:

@@ -59,7 +59,7 @@ def prune_blocks(
     known = dense if plan.statistics == "dense" and needed_statistics(plan) == {"squares"} else None
     stream = None
     is_dense = not any(any(share.sparsities.values()) for share in shares)
-    if needed_statistics(plan) and known is None and not (is_dense and plan.weights is None):
+    if needed_statistics(plan) and known is None and not (is_dense and not plan.is_rounded):
         if ids is None:
             raise ValueError(f"{plan.method} needs calibration windows")
         stream = weights.stream(model, blocks, ids)
@@ -110,6 +110,7 @@ class _Pruner:
                     self._plan,
                     statistics,
                     targets.correlation(name) if targets else None,
+                    self._plan.weights_of(block.full_name(name)),
                 )
                 linears[name] = _prune(block, linear, task, dtypes[name], self._timed)
         return _record(block, share, [linears[name] for name in block.linears]), True

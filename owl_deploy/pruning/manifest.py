@@ -9,6 +9,7 @@ from pydantic import Field
 
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.records import Record, TextRecord, read_record
+from owl_deploy.rounding import Rounded
 
 MANIFEST = "pruning.json"
 
@@ -75,6 +76,8 @@ class SearchRecord(Record):
     """KL(dense || best), nats a token, on all held-out windows."""
     sparsities: list[float]
     """Of the best, by linear."""
+    weights: list[Rounded | None]
+    """What the best is rounded to, by linear."""
 
 
 class SearchSummary(Record):

@@ -35,7 +35,7 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 _GRANULARITY: dict[Method, Granularity] = {"magnitude": "layer", "wanda": "row", "ria": "layer", "admm": "layer"}
 """What each score is compared with, where it is a choice, and the published one."""
-_LATER = ("generations", "weights")
+_LATER = ("generations", "weights", "linear_weights", "bits")
 _BY_LOD = ("owl", "owl-per-layer", "owl-inverse")
 _WITH_HALF_RANGE = (*_BY_LOD, "dlp", "linear")
 _WITH_DAMPENING = ("sparsegpt", "admm", "ablate-magnitude", "ablate-wanda")
@@ -109,6 +109,9 @@ class PruningPlan:
         generations: of the evolution that the `search` allocation is (400 by default).
         weights: the grid that kept weights are rounded to, by GPTQ, after the mask is chosen (with SparseGPT: as it is
             chosen); None for no rounding. The checkpoint is then fp32, as 16 bits do not hold the grid.
+        linear_weights: or one grid per linear, by its full name, beside `linear_sparsities`.
+        bits: the mean bits of a weight that `search` keeps to in place of the sparsity, masks and scales included: it
+            then chooses how sparse each linear is, and what it is rounded to.
     """
 
     sparsity: float
@@ -128,6 +131,8 @@ class PruningPlan:
     admm_steps: int = 20
     generations: int | None = None
     weights: Rounded | None = None
+    linear_weights: dict[str, Rounded] | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         for index, value in enumerate(self.block_sparsities or ()):
@@ -143,6 +148,8 @@ class PruningPlan:
         _check_choice("target", self.target, get_args(Target))
         _check_choice("ablation", self.ablation, get_args(Ablation))
         _check_choice("weights", self.weights, ROUNDED)
+        for name, grid in (self.linear_weights or {}).items():
+            _check_choice(f"weights of {name}", grid, ROUNDED)
         self._check_combinations()
         self._check_numbers()
 
@@ -154,6 +161,18 @@ class PruningPlan:
         return {name: value for name, value in asdict(self).items() if name not in _LATER or value is not None}
 
     @property
+    def is_rounded(self) -> bool:
+        return self.weights is not None or self.linear_weights is not None or self.bits is not None
+
+    def weights_of(self, linear: str) -> Rounded | None:
+        """The grid of a linear, by its full name."""
+        return (self.linear_weights or {}).get(linear, self.weights)
+
+    @property
+    def is_searched(self) -> bool:
+        return self.allocation == "search" and (self.sparsity > 0 or self.bits is not None)
+
+    @property
     def needs_lod(self) -> bool:
         """Whether the allocation looks at outlier scores of the dense model."""
         by_score = (*_BY_LOD, "dlp") if self.method == "magnitude" else (*_BY_LOD, "dlp", "global")
@@ -162,7 +181,7 @@ class PruningPlan:
     @property
     def needs_inputs(self) -> bool:
         """Whether the method, the rounding or the allocation looks at the inputs of linears."""
-        if self.weights is not None or (self.allocation == "search" and self.sparsity > 0):
+        if self.is_rounded or self.is_searched:
             return True
         return self.sparsity > 0 and self.method != "magnitude"
 
@@ -235,6 +254,12 @@ class PruningPlan:
             raise UserError(f"{self.method} inverts no Hessian; leave out --percdamp")
         if self.generations is not None and self.allocation != "search":
             raise UserError(f"the {self.allocation} allocation has no generations; leave them out")
+        if self.linear_weights is not None and (self.linear_sparsities is None or self.weights is not None):
+            raise UserError("weights by linear go with sparsities by linear, and with no other weights")
+        if self.bits is not None and (self.allocation != "search" or self.sparsity or self.weights is not None):
+            raise UserError("bits are what the search allocation keeps to, in place of a sparsity and of --weights")
+        if self.bits is not None and not 2 <= self.bits <= 16:
+            raise UserError(f"bits {self.bits} must be from 2 to 16")
         if self.generations is not None and self.generations < 1:
             raise UserError(f"generations {self.generations} must be at least 1")
         if self.admm_steps < 1:

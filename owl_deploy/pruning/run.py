@@ -138,7 +138,7 @@ def prune_checkpoint(
 
     with staged_directory(out, manifest=MANIFEST) as staging, resumable_directory(out, resumed_sha256) as unfinished:
         with clock.phase("load"):
-            opened = open_model(source, staging, unfinished, execution, torch.float32 if plan.weights else None)
+            opened = open_model(source, staging, unfinished, execution, torch.float32 if plan.is_rounded else None)
             model, blocks = opened.model, opened.blocks
         block_class, names = type(blocks[0].module).__name__, [block.name for block in blocks]
         if recipe is not None:
@@ -159,7 +159,7 @@ def prune_checkpoint(
             with clock.phase("tune"):
                 plan, trials = _tune(opened, plan, tune_over, windows, unfinished, reporter)
         searched: list[SearchRecord] = []
-        if plan.allocation == "search" and windows is not None and plan.sparsity > 0:
+        if plan.is_searched and windows is not None:
             with clock.phase("search"):
                 plan, searched = _search(opened, plan, windows, calibration.seed, unfinished, reporter)
             write_search(searched, plan, staging)

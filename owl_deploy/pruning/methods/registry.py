@@ -15,7 +15,7 @@ from owl_deploy.pruning.methods.selection import smallest_of_each_group, smalles
 from owl_deploy.pruning.methods.sparsegpt import Scores, saliency, sparsegpt
 from owl_deploy.pruning.methods.wanda import wanda_mask, wanda_scores, wanda_variant_mask
 from owl_deploy.pruning.plan import NM, Method, PruningPlan
-from owl_deploy.rounding import GRIDS, Grid
+from owl_deploy.rounding import GRIDS, Grid, Rounded
 
 _ROUNDING_DAMPENING = 0.01
 
@@ -28,6 +28,7 @@ class Task:
         weight: [out, in], fp32.
         sparsity: of this linear; an N:M `pattern` takes its place.
         correlation: what ADMM is to reproduce, `T^T X` [out, in]; None for the linear's own output.
+        weights: the grid that what is kept is rounded to.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task:
     plan: PruningPlan
     inputs: InputStatistics | None
     correlation: torch.Tensor | None = None
+    weights: Rounded | None = None
 
     @property
     def statistics(self) -> InputStatistics:
@@ -66,14 +68,14 @@ def prune_linear(task: Task) -> Pruned:
     """Prune one linear by the plan's method, and round what is kept if the plan says so."""
     is_dense = task.sparsity == 0 and task.pattern is None
     pruned = Pruned(task.weight) if is_dense else _METHODS[task.plan.method].prune(task)
-    if task.plan.weights is None or (task.plan.method == "sparsegpt" and not is_dense):  # which rounds as it prunes
+    if task.weights is None or (task.plan.method == "sparsegpt" and not is_dense):  # which rounds as it prunes
         return pruned
-    return _rounded(task, pruned, GRIDS[task.plan.weights])
+    return _rounded(task, pruned, GRIDS[task.weights])
 
 
 def needed_statistics(plan: PruningPlan) -> frozenset[Statistic]:
     """What the method, and the rounding, have to know about a linear's inputs."""
-    return _METHODS[plan.method].statistics | (_GRAM if plan.weights else frozenset())
+    return _METHODS[plan.method].statistics | (_GRAM if plan.is_rounded else frozenset())
 
 
 # -------------------- the methods
@@ -106,7 +108,7 @@ def _sparsegpt(task: Task, scores: Scores = saliency, fixed_mask: torch.Tensor |
         dampening=_given(task.plan.dampening),
         scores=scores,
         fixed_mask=fixed_mask,
-        grid=GRIDS[task.plan.weights] if task.plan.weights and task.plan.method == "sparsegpt" else None,
+        grid=GRIDS[task.weights] if task.weights and task.plan.method == "sparsegpt" else None,
     )
     return Pruned(result.weight, result.dampening)
 

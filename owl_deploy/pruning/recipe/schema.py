@@ -118,6 +118,11 @@ class Own(Modifier):
     dampening: _Real | None = Field(default=None, description="a number above 0")
     admm_steps: _Integer = Field(default=20, description="an integer of at least 1")
     weights: Rounded | None = Field(default=None, description="int8, int4 or int3")
+    linear_weights: dict[str, Rounded] | None = Field(
+        default=None, description="int8, int4 or int3 for each linear, by its full name"
+    )
+    generations: _Integer | None = Field(default=None, description="an integer of at least 1")
+    bits: _Real | None = Field(default=None, description="a number from 2 to 16")
     mask_structure: str = Field(
         default=UNSTRUCTURED,
         pattern=f"^(mixed-)?{_NM_PATTERN}$",

@@ -92,7 +92,7 @@ def _unknown_to_the_tools(found: PruningPlan) -> str | None:
     """Why SparseML and llm-compressor cannot apply a plan, whatever the words for it, if they cannot."""
     if found.method not in CLASS_OF:
         return f"as neither SparseML nor llm-compressor knows {found.method}"
-    if found.weights is not None:
+    if found.is_rounded:
         return "as both tools round to other grids"
     if found.linear_sparsities is not None:
         return "as both tools prune the linears of a block alike"

@@ -32,6 +32,11 @@ class Problem:
     def cost(self, choice: Choice) -> int:
         return sum(costs[option] for costs, option in zip(self.costs, choice, strict=True))
 
+    @property
+    def least(self) -> int:
+        """What the cheapest choice costs."""
+        return sum(costs[-1] for costs in self.costs)
+
     def repaired(self, choice: Choice, rng: np.random.Generator) -> Choice:
         """The choice with units, in random order, made cheaper until it fits, and others dearer as far as it allows.
 

@@ -19,7 +19,11 @@ from owl_deploy.pruning.plan import PruningPlan
 def write_search(log: Sequence[SearchRecord], plan: PruningPlan, directory: Path) -> None:
     """Write `search.json`, which `--allocation` reads, `search.csv`, the best so far, and `search.png`."""
     found = dict(plan.linear_sparsities or {})
-    write_json(directory / "search.json", found)
+    grids = plan.linear_weights
+    write_json(
+        directory / "search.json",
+        {name: {"sparsity": value, "weights": grids[name]} for name, value in found.items()} if grids else found,
+    )
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["generation", "kl"])

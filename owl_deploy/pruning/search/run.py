@@ -26,7 +26,7 @@ from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.manifest import SearchRecord
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
-from owl_deploy.pruning.search.levels import Levels, level_sparsities, make_levels
+from owl_deploy.pruning.search.levels import Levels, Option, bit_options, make_levels, sparse_options
 from owl_deploy.pruning.weights import BlockWeights, restored
 from owl_deploy.reporting import SILENT, Reporter
 
@@ -81,30 +81,57 @@ def search(
     held_out = max(1, len(ids) // _HELD_OUT)
     fitted, compared = ids[:-held_out], ids[-held_out:]
     wanted = _dense_predictions(model, compared, seed)
-    sparsities = level_sparsities(plan.sparsity, _STEP, _REACH)
-    make_levels(model, blocks, plan, sparsities, fitted, weights, kept, reporter)
-    start = _owl_choice(model, blocks, plan, fitted, weights, sparsities, reporter)
+    in_bits = plan.bits is not None
+    options = bit_options() if in_bits else sparse_options(plan.sparsity, _STEP, _REACH, plan.weights)
+    make_levels(model, blocks, plan, options, fitted, weights, kept, reporter)
+    by_owl = None if in_bits else _owl_choice(model, blocks, plan, fitted, weights, options, reporter)
     everything = np.arange(held_out)
     with restored(blocks):
-        levels = Levels(blocks, sparsities, kept)
-        sizes = [linear.weight.numel() for linear in levels.linears.values()]
-        problem = Problem(levels.costs, sum(sizes) - round(plan.sparsity * sum(sizes)))
+        levels = Levels(blocks, options, kept)
+        total = sum(linear.weight.numel() for linear in levels.linears.values())
+        if plan.bits is not None:
+            problem = Problem(levels.bits, round(plan.bits * total))
+        else:
+            problem = Problem(levels.kept, total - round(plan.sparsity * total))
+        if problem.least > problem.budget:
+            raise UserError(
+                f"bits {plan.bits}: the fewest there can be are {problem.least / total:.2f} for each weight"
+            )
 
         def fitness(choice: Choice, drawn: NDArray[np.int64]) -> float:
             levels.show(choice)
             return wanted.kl(model, drawn)
 
-        log = _evolved(problem, start, fitness, sparsities, everything, effort, seed, kept, reporter)
-    found = dict(zip(levels.linears, log[-1].sparsities, strict=True))
-    chosen = replace(plan, allocation="explicit", generations=None, linear_sparsities=found)
+        start = by_owl or _best_alike(problem, len(options), fitness, everything)
+        log = _evolved(problem, start, fitness, options, everything, effort, seed, kept, reporter)
+    grids = {name: grid for name, grid in zip(levels.linears, log[-1].weights, strict=True) if grid is not None}
+    chosen = replace(
+        plan,
+        allocation="explicit",
+        generations=None,
+        bits=None,
+        linear_sparsities=dict(zip(levels.linears, log[-1].sparsities, strict=True)),
+        linear_weights=grids if in_bits else None,
+    )
     return chosen, log
+
+
+def _best_alike(
+    problem: Problem,
+    options: int,
+    fitness: Callable[[Choice, NDArray[np.int64]], float],
+    everything: NDArray[np.int64],
+) -> Choice:
+    """The best of the choices that treat all linears alike and fit: pure rounding and pure pruning are among them."""
+    alike: list[Choice] = [(option,) * len(problem.costs) for option in range(options)]
+    return min((one for one in alike if problem.cost(one) <= problem.budget), key=lambda one: fitness(one, everything))
 
 
 def _evolved(
     problem: Problem,
     start: Choice,
     fitness: Callable[[Choice, NDArray[np.int64]], float],
-    sparsities: Sequence[float],
+    options: Sequence[Option],
     everything: NDArray[np.int64],
     effort: Effort,
     seed: int,
@@ -116,7 +143,13 @@ def _evolved(
 
     def record(generation: int, choice: Choice) -> SearchRecord:
         kl = fitness(choice, everything)
-        return SearchRecord(generation=generation, kl=kl, sparsities=[sparsities[option] for option in choice])
+        taken = [options[option] for option in choice]
+        return SearchRecord(
+            generation=generation,
+            kl=kl,
+            sparsities=[option.sparsity for option in taken],
+            weights=[option.weights for option in taken],
+        )
 
     def keep(generation: int) -> None:
         write_json(file, {"generation": generation, "log": [entry.model_dump() for entry in log]})
@@ -124,7 +157,8 @@ def _evolved(
     if file.is_file():
         made = read_json(file)
         first, log = made["generation"] + 1, [SearchRecord.model_validate(entry) for entry in made["log"]]
-        start = tuple(sparsities.index(value) for value in log[-1].sparsities)
+        taken = [Option(*pair) for pair in zip(log[-1].sparsities, log[-1].weights, strict=True)]
+        start = tuple(options.index(option) for option in taken)
     else:
         start = problem.repaired(start, np.random.default_rng([seed, 0]))
         first, log = 1, [record(0, start)]
@@ -153,11 +187,11 @@ def _owl_choice(
     plan: PruningPlan,
     ids: NDArray[np.int64],
     weights: BlockWeights,
-    sparsities: Sequence[float],
+    options: Sequence[Option],
     reporter: Reporter,
 ) -> Choice:
     """The levels next to OWL's sparsities."""
-    by_owl = replace(plan, allocation="owl", generations=None)
+    by_owl = replace(plan, allocation="owl", generations=None, weights=None)
     shares = allocate(by_owl, blocks, weights, measure_dense(model, blocks, ids, weights, reporter))
     wanted = [share.sparsities[name] for block, share in zip(blocks, shares, strict=True) for name in block.linears]
-    return tuple(int(np.argmin([abs(level - value) for level in sparsities])) for value in wanted)
+    return tuple(int(np.argmin([abs(option.sparsity - value) for option in options])) for value in wanted)
