@@ -118,8 +118,8 @@ class BundleManifest(Record):
 
 
 def is_dense(asked: float | None, achieved: float) -> bool:
-    """Whether no sparsity was asked of a model, and it has none to speak of."""
-    return not asked and achieved < DENSE_BELOW
+    """Whether a model was asked to stay dense, rounded or not; of one that owl-deploy did not prune, whether it is."""
+    return achieved < DENSE_BELOW if asked is None else asked == 0
 
 
 def sparsity_of(asked: float | None, achieved: float) -> float:
