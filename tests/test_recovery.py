@@ -98,11 +98,13 @@ def test_the_same_inputs_give_the_same_bytes_also_after_a_kill(
         patch.setattr(Trainer, "step", interrupted_at(7, Trainer.step))
         assert run_cli(*arguments, "-o", tmp_path / "out").code == 130
     assert not (tmp_path / "out").exists()
+    saved = json.loads((tmp_path / ".out.unfinished" / "facts.json").read_text())
     steps: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", counted(steps, Trainer.step))
         assert run_cli(*arguments, "-o", tmp_path / "out").code == 0
     assert len(steps) == 10 - 6
+    assert json.loads((tmp_path / "out" / "recovery.json").read_text())["seconds"]["train"] > saved["seconds"]
     for name in ("model.safetensors", "recovery.csv", "recovery.png", "recipe.yaml"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     made = run_cli(*arguments[:-3], "--patience", 2, "-o", tmp_path / "out")

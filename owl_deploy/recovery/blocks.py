@@ -28,10 +28,10 @@ from owl_deploy.reporting import SILENT, Reporter
 @torch.no_grad()
 def recover_blocks(
     sparse: Opened, dense: Opened, text: TrainingText, plan: RecoveryPlan, reporter: Reporter = SILENT
-) -> tuple[list[StepRecord], float]:
+) -> tuple[list[StepRecord], float, int]:
     """Fit every block of `sparse` in place; the error of each, after it, is the `hidden` of a record.
 
-    Returns the records, and the sparsity of the linears.
+    Returns the records, the sparsity of the linears, and how many blocks an earlier run had not finished.
 
     Raises:
         CheckFailed: a weight that was 0 is no longer.
@@ -40,7 +40,7 @@ def recover_blocks(
     ids = text.windows.ids
     stream = sparse.weights.stream(sparse.model, sparse.blocks, ids)
     dense_stream = dense.weights.stream(dense.model, dense.blocks, ids)
-    log, zeros = [], 0
+    log, zeros, fitted = [], 0, 0
     for number, block in enumerate(reporter.track(sparse.blocks, "recovering blocks")):
         with dense.weights.held(dense.blocks[number]):
             dense_stream.advance(dense.blocks[number])
@@ -53,6 +53,7 @@ def recover_blocks(
                 if lost := held.lost([block]):
                     raise CheckFailed(f"{lost[0]}: has lost zeros; nothing was written")
             zeros += block.zeros
+            fitted += is_new
             stream.advance(block)
             error = _error(stream.hidden, dense_stream.hidden)
             record = record or _record(block)
@@ -60,7 +61,7 @@ def recover_blocks(
             sparse.finished.add(block, record)
         tokens = plan.steps * plan.tokens_per_step
         log.append(StepRecord(step=number + 1, tokens=tokens, loss=error, kl=0.0, hidden=error, cross_entropy=0.0))
-    return log, zeros / sum(block.weights for block in sparse.blocks)
+    return log, zeros / sum(block.weights for block in sparse.blocks), fitted
 
 
 def _fit(

@@ -63,6 +63,7 @@ class _Outcome:
 
     Attributes:
         before, after: perplexity on the held-out windows.
+        tokens_per_s: of the training alone.
         final: perplexity on the text that was asked for, where the checkpoint cannot be loaded to measure it (an
             adapter).
     """
@@ -70,6 +71,7 @@ class _Outcome:
     log: list[StepRecord]
     sparsity: float
     trained_weights: int
+    tokens_per_s: float
     before: float
     after: float
     final: float | None = None
@@ -159,7 +161,7 @@ def recover_checkpoint(
             perplexity=scores,
             zeros_kept=True,
             sparsity=outcome.sparsity,
-            tokens_per_s=round(log[-1].tokens / clock.seconds["train"], 1),
+            tokens_per_s=round(outcome.tokens_per_s, 1),
             seconds=clock.seconds,
             inputs_sha256=inputs_sha256,
             versions=versions(),
@@ -219,7 +221,8 @@ def _trained(
     if evaluated_on is not None and not plan.merge:
         with clock.phase("evaluate"):
             final = perplexity(model, evaluated_on.ids, job.reporter)
-    outcome = _Outcome(trainer.log, sparsity, trainer.parameters, training.before, training.after, final)
+    speed = trainer.log[-1].tokens / training.seconds
+    outcome = _Outcome(trainer.log, sparsity, trainer.parameters, speed, training.before, training.after, final)
     return text, outcome, before
 
 
@@ -248,13 +251,14 @@ def _by_blocks(
     if evaluated_on is not None:
         before = measured(job.sparse, evaluated_on)
     with clock.phase("train"):
-        log, sparsity = recover_blocks(sparse, dense, text, job.plan, job.reporter)
+        log, sparsity, fitted = recover_blocks(sparse, dense, text, job.plan, job.reporter)
     with clock.phase("save"):
         sparse.save(tokenizer)
         save_beside_model(job.sparse, sparse.blocks, job.staging)
     made = ModelSource(job.sparse.name, job.staging)
+    speed = fitted * log[-1].tokens / len(log) / clock.seconds["train"]
     kept = round((1 - sparsity) * sum(block.weights for block in sparse.blocks))
-    return text, _Outcome(log, sparsity, kept, held_out_before, measured(made, text.held_out)), before
+    return text, _Outcome(log, sparsity, kept, speed, held_out_before, measured(made, text.held_out)), before
 
 
 def _own_text(job: _Job, dense: PreTrainedModel) -> TrainingText:

@@ -23,7 +23,7 @@ class Training:
 
     Attributes:
         before, after: perplexity on the held-out windows.
-        tokens_per_s: of this process, measurements and saves left out.
+        seconds: of all steps, those of earlier runs included; measurements and saves left out.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Training:
     ) -> None:
         self._trainer, self._model, self._text, self._plan = trainer, model, text, plan
         self._state, self._best = unfinished / "state.safetensors", unfinished / "best.safetensors"
-        self._first = unfinished / "before.json"
+        self._facts = unfinished / "facts.json"
         self._clock = clock
         self.before = self.after = math.nan
-        self.tokens_per_s = 0.0
+        self.seconds = 0.0
 
     def train(self, reporter: Reporter) -> None:
         """All steps that are left.
@@ -51,25 +51,25 @@ class Training:
         trainer, plan = self._trainer, self._plan
         if trainer.restore(self._state):
             reporter.step(f"continuing after step {len(trainer.log)} of {plan.steps}")
-            self.before = float(read_json(self._first))
+            facts = read_json(self._facts)
+            self.before, self.seconds = facts["before"], facts["seconds"]
         else:
             self.before = self._perplexity()
-            write_json(self._first, self.before)
-        saved, seconds, done = time.monotonic(), 0.0, 0
+        saved = time.monotonic()
         with reporter.progress(plan.steps, "training", done=len(trainer.log)) as advance:
             while len(trainer.log) < plan.steps and not self._is_enough():
                 started = time.perf_counter()
                 record = trainer.step(self._text.step(len(trainer.log), plan.batch, plan.seed))
-                seconds, done = seconds + time.perf_counter() - started, done + 1
-                self.tokens_per_s = round(done * plan.tokens_per_step / seconds, 1)
+                self.seconds += time.perf_counter() - started
                 if plan.is_evaluated_after(record.step):
                     self._evaluate(record, reporter)
                 if time.monotonic() - saved > _SAVED_EVERY_S or self._is_last(record):
                     with self._clock.phase("keep"):
+                        write_json(self._facts, {"before": self.before, "seconds": self.seconds})
                         trainer.save(self._state)
                     saved = time.monotonic()
-                advance(f"loss {record.loss:.3f}, {self.tokens_per_s:.0f} tokens/s")
-        self._clock.seconds["train"] = round(seconds, 3)
+                advance(f"loss {record.loss:.3f}, {record.tokens / self.seconds:.0f} tokens/s")
+        self._clock.seconds["train"] = round(self.seconds, 3)
         if plan.patience is not None:
             trainer.restore_weights(self._best)
         self.after = self._measured()[-1] if plan.patience is None else min(self._measured())
