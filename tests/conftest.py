@@ -21,6 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from owl_deploy.cli import main
 from owl_deploy.files import sha256
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks, linears_of
 
 TESTS = Path(__file__).parent
 VOCABULARY = 96
@@ -135,6 +138,12 @@ def tiny_with_tokenizer(
     shutil.copytree(tiny_model("llama"), directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
+
+
+def linears_in(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights of the blocks' linears of a checkpoint, by full name."""
+    linears = linears_of(find_blocks(load_model(ModelSource("it", directory))))
+    return {name: linear.weight.detach() for name, linear in linears.items()}
 
 
 @pytest.fixture(scope="session")

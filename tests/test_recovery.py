@@ -28,7 +28,7 @@ from owl_deploy.recovery.train import Trainer
 from owl_deploy.recovery.weights import KeptWeights, LowRank
 from owl_deploy.rounding import GRIDS
 
-from .conftest import FAMILIES, RunCli, TinyModel
+from .conftest import FAMILIES, RunCli, TinyModel, linears_in
 
 TOKENS = 640
 PRUNED = ["--sparsity", "0.5", "--method", "magnitude", "--allocation", "uniform", "--quiet"]
@@ -54,11 +54,6 @@ def sparse(run_cli: RunCli, tiny_model: TinyModel, tmp_path: Path) -> Path:
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def linears(directory: Path) -> dict[str, torch.Tensor]:
-    blocks = find_blocks(load_model(ModelSource("it", directory)))
-    return {block.full_name(name): linear.weight.detach() for block in blocks for name, linear in block.linears.items()}
 
 
 def test_every_zero_stays_and_what_was_kept_is_trained(
@@ -177,7 +172,7 @@ def test_prune_and_recover_in_one_go(run_cli: RunCli, tiny_with_tokenizer: Path,
     assert ran.code == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert told["tokens"] == 640 and told["model"] == str(tmp_path / "out.pruned") and told["plan"]["seqlen"] == 16
-    pruned, after = linears(tmp_path / "out.pruned"), linears(out)
+    pruned, after = linears_in(tmp_path / "out.pruned"), linears_in(out)
     assert sum(int((weight == 0).sum()) for weight in pruned.values()) > 0
     for name, weight in after.items():
         assert not weight[pruned[name] == 0].any()
@@ -192,9 +187,9 @@ def test_a_model_trained_on_a_grid_is_on_it(
     arguments = [sparse, "--dense", tiny_model("llama"), "-o", out, "--text", text, *OPTIONS, "--weights", name]
     ran = run_cli("recover", *arguments)
     assert ran.code == 0, ran.stderr
-    for linear, weight in linears(out).items():
+    for linear, weight in linears_in(out).items():
         assert torch.equal(GRIDS[name].rounded(weight), weight), linear
-        assert not weight[linears(sparse)[linear] == 0].any()
+        assert not weight[linears_in(sparse)[linear] == 0].any()
 
 
 def test_int8_is_exported_as_it_was_trained(run_cli: RunCli, tiny_model: TinyModel, text: Path, tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
-from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.methods.sparsegpt import sparsegpt
 from owl_deploy.rounding import GRIDS, ROUNDED, Grid, Rounded
 from owl_deploy.sparse.library import pack, unpack
 
-from .conftest import RunCli, TinyModel
+from .conftest import RunCli, TinyModel, linears_in
 
 
 def matrix(seed: int, rows: int, columns: int, scale: float, sparsity: float) -> torch.Tensor:
@@ -151,11 +150,6 @@ def test_sparsegpt_rounds_as_it_prunes() -> None:
 # -------------------- by the command
 
 
-def linears(directory: Path) -> dict[str, torch.Tensor]:
-    blocks = find_blocks(load_model(ModelSource("it", directory)))
-    return {block.full_name(name): linear.weight.detach() for block in blocks for name, linear in block.linears.items()}
-
-
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "ria", "admm", "ablate-wanda"])
 def test_every_method_rounds_what_it_keeps(
     method: str, run_cli: RunCli, tiny_llama: Path, reference: Path, tmp_path: Path
@@ -163,7 +157,7 @@ def test_every_method_rounds_what_it_keeps(
     options = ["--method", method, "--sparsity", "0.5", "--calibration", reference / "tiny_calib.npy", "--quiet"]
     assert run_cli("prune", tiny_llama, "-o", tmp_path / "fp32", *options).code == 0
     assert run_cli("prune", tiny_llama, "-o", tmp_path / "int4", *options, "--weights", "int4").code == 0
-    unrounded, rounded = linears(tmp_path / "fp32"), linears(tmp_path / "int4")
+    unrounded, rounded = linears_in(tmp_path / "fp32"), linears_in(tmp_path / "int4")
     for name, weight in rounded.items():
         assert is_on(GRIDS["int4"], weight), name
         assert float((weight == 0).float().mean()) >= 0.4
@@ -185,7 +179,7 @@ def test_a_dense_model_is_rounded(run_cli: RunCli, tiny_llama: Path, reference: 
     ]
     ran = run_cli("prune", tiny_llama, "-o", tmp_path / "int3", *options, "--evaluate", reference / "tiny_calib.npy")
     assert ran.code == 0, ran.stderr
-    assert all(is_on(GRIDS["int3"], weight) for weight in linears(tmp_path / "int3").values())
+    assert all(is_on(GRIDS["int3"], weight) for weight in linears_in(tmp_path / "int3").values())
     told = json.loads(ran.stdout)
     assert told["plan"]["weights"] == "int3"
     assert told["perplexity"]["after"] != told["perplexity"]["before"]
@@ -204,7 +198,7 @@ def test_rounded_checkpoints_are_fp32_also_from_files_block_by_block(
     assert one.dtype == other.dtype == torch.float32
     for (name, tensor), (_, same) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(tensor, same), name
-    assert all(is_on(GRIDS["int4"], weight) for weight in linears(tmp_path / "memory").values())
+    assert all(is_on(GRIDS["int4"], weight) for weight in linears_in(tmp_path / "memory").values())
 
 
 def test_the_recipe_of_a_rounded_model_makes_it_again(
@@ -215,7 +209,7 @@ def test_the_recipe_of_a_rounded_model_makes_it_again(
     assert run_cli("prune", tiny_llama, "-o", tmp_path / "first", *options, *calibration).code == 0
     recipe = ["--recipe", tmp_path / "first" / "recipe.yaml"]
     assert run_cli("prune", tiny_llama, "-o", tmp_path / "second", *recipe, *calibration).code == 0
-    first, second = linears(tmp_path / "first"), linears(tmp_path / "second")
+    first, second = linears_in(tmp_path / "first"), linears_in(tmp_path / "second")
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
     for name, weight in first.items():
         np.testing.assert_array_equal(unpack(pack(weight.numpy(), "int8")), weight.numpy(), err_msg=name)

@@ -13,14 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from owl_deploy.models.load import load_model
-from owl_deploy.models.source import ModelSource
-from owl_deploy.models.structure import find_blocks
 from owl_deploy.pruning.search import run as search_run
 from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
 from owl_deploy.pruning.search.levels import Option, bit_options, sparse_options
 
-from .conftest import RunCli
+from .conftest import RunCli, linears_in
 
 
 @st.composite
@@ -113,7 +110,7 @@ def test_a_search_in_bits_is_no_worse_than_treating_all_linears_alike(
     told = json.loads(ran.stdout)
     assert told["search"]["kl_last"] <= told["search"]["kl_first"]
     chosen = json.loads((out / "search.json").read_text())
-    weights = weights_of(out)
+    weights = linears_in(out)
     bits = [
         Option(value["sparsity"], value["weights"]).bits(weights[name].shape[1]) * weights[name].numel()
         for name, value in chosen.items()
@@ -122,13 +119,8 @@ def test_a_search_in_bits_is_no_worse_than_treating_all_linears_alike(
     assert len({(value["sparsity"], value["weights"]) for value in chosen.values()}) > 1
     again = tmp_path / "again"
     assert run_cli("prune", tiny_llama, "-o", again, "--allocation", out / "search.json", *calibration).code == 0
-    for name, weight in weights_of(again).items():
+    for name, weight in linears_in(again).items():
         assert torch.equal(weight, weights[name])
-
-
-def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    blocks = find_blocks(load_model(ModelSource("it", directory)))
-    return {block.full_name(name): linear.weight.detach() for block in blocks for name, linear in block.linears.items()}
 
 
 def test_an_interrupted_search_comes_to_the_same(

@@ -21,7 +21,7 @@ from owl_deploy.files import read_json
 from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.models.shards import as_bytes
 from owl_deploy.models.source import ModelSource
-from owl_deploy.models.structure import find_blocks
+from owl_deploy.models.structure import find_blocks, share_of_zeros
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0
@@ -46,8 +46,7 @@ class OpenCheckpoint:
     @property
     def sparsity(self) -> float:
         """Zeros among the weights of its blocks' linears."""
-        blocks = find_blocks(self.model)
-        return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
+        return share_of_zeros(find_blocks(self.model))
 
     @cached_property
     def frame_sha256(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -54,6 +55,16 @@ class Block:
     def full_name(self, linear: str) -> str:
         """The module path of one of the linears, from the model."""
         return f"{self.name}.{linear}"
+
+
+def linears_of(blocks: Iterable[Block]) -> dict[str, Linear]:
+    """All linears of some blocks, by full name, in their order."""
+    return {block.full_name(name): linear for block in blocks for name, linear in block.linears.items()}
+
+
+def share_of_zeros(blocks: Sequence[Block]) -> float:
+    """The share of the weights of some blocks' linears that is 0."""
+    return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
 
 
 def without_indices(name: str) -> str:

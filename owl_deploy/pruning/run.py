@@ -40,7 +40,6 @@ from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
 from owl_deploy.pruning.recipe.read import Recipe
 from owl_deploy.pruning.recipe.write import write_recipes
-from owl_deploy.pruning.search.evolve import Effort
 from owl_deploy.pruning.search.report import write_search
 from owl_deploy.pruning.search.run import search
 from owl_deploy.pruning.tune import tune
@@ -161,7 +160,16 @@ def prune_checkpoint(
         searched: list[SearchRecord] = []
         if plan.is_searched and windows is not None:
             with clock.phase("search"):
-                plan, searched = _search(opened, plan, windows, calibration.seed, unfinished, reporter)
+                plan, searched = search(
+                    model,
+                    blocks,
+                    plan,
+                    windows.ids,
+                    opened.weights,
+                    seed=calibration.seed,
+                    kept=unfinished,
+                    reporter=reporter,
+                )
             write_search(searched, plan, staging)
         with clock.phase("allocate"):
             measured_of = {"model": model_sha256, **conditions}
@@ -257,17 +265,6 @@ def _tune(
         known=known,
         tried=lambda trials: write_json(file, [trial.model_dump(mode="json") for trial in trials]),
         reporter=reporter,
-    )
-
-
-def _search(
-    opened: Opened, plan: PruningPlan, windows: TokenWindows, seed: int, unfinished: Path, reporter: Reporter
-) -> tuple[PruningPlan, list[SearchRecord]]:
-    """`search`, as long as the plan says."""
-    effort = Effort(plan.generations or 0)
-    model, blocks, weights = opened.model, opened.blocks, opened.weights
-    return search(
-        model, blocks, plan, windows.ids, weights, effort=effort, seed=seed, kept=unfinished, reporter=reporter
     )
 
 

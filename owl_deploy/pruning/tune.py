@@ -20,13 +20,12 @@ from owl_deploy.pruning.manifest import TrialRecord
 from owl_deploy.pruning.plan import Allocation, PruningPlan
 from owl_deploy.pruning.weights import BlockWeights, restored
 from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.text.windows import held_out
 
 _M = (3.0, 5.0, 7.0, 10.0)
 _LAMBDA = (0.02, 0.05, 0.08, 0.1, 0.2)
 _ALPHA = (0.05, 0.1, 0.15, 0.2)
 _SLOPE = (0.03, 0.06, 0.09, 0.12, 0.15)
-_HELD_OUT = 4
-"""One window of this many is held out."""
 TUNABLE: tuple[Allocation, ...] = ("uniform", "owl", "dlp", "linear")
 
 
@@ -55,8 +54,7 @@ def tune(
     """
     if len(ids) < 2:
         raise UserError("--tune needs at least 2 calibration windows: some to prune with, some to measure on")
-    held_out = max(1, len(ids) // _HELD_OUT)
-    fitted, measured = ids[:-held_out], ids[-held_out:]
+    fitted, measured = held_out(ids)
     dense = measure_dense(model, blocks, fitted, weights, reporter)
     trials = list(known)
 

@@ -18,6 +18,7 @@ from owl_deploy.pruning.calibration.spill import Tensors
 from owl_deploy.pruning.calibration.stream import CalibrationStream
 from owl_deploy.pruning.manifest import BlockRecord, LinearRecord
 from owl_deploy.pruning.opened import Opened
+from owl_deploy.recovery.losses import relative_error
 from owl_deploy.recovery.plan import RecoveryPlan
 from owl_deploy.recovery.save import Zeros
 from owl_deploy.recovery.text import TrainingText
@@ -76,8 +77,7 @@ def _fit(
         for step in range(plan.steps):
             optimizer.param_groups[0]["lr"] = plan.learning_rate_at(step)
             for index in text.places(step, plan.batch, plan.seed):
-                target = wanted[index]
-                loss = (stream.run(block, index) - target).square().mean() / target.square().mean()
+                loss = relative_error(stream.run(block, index), wanted[index])
                 (loss / plan.batch).backward()  # type: ignore[no-untyped-call]
             for weight in weights:
                 if weight.grad is not None:  # an expert that no token reached
@@ -91,9 +91,8 @@ def _fit(
 
 
 def _error(hidden: Tensors, wanted: Tensors) -> float:
-    """The squared error over the mean square, mean over sequences."""
-    pairs = zip(hidden, wanted, strict=True)
-    return float(np.mean([float((ours - theirs).square().mean() / theirs.square().mean()) for ours, theirs in pairs]))
+    """The relative error, mean over sequences."""
+    return float(np.mean([float(relative_error(*pair)) for pair in zip(hidden, wanted, strict=True)]))
 
 
 def _record(block: Block) -> BlockRecord:

@@ -31,11 +31,13 @@ def kl(sparse: Seen, dense: Seen) -> torch.Tensor:
 
 def squarehead(sparse: Seen, dense: Seen) -> torch.Tensor:
     """SquareHead (Kurtic et al. 2023, equation 2): `mse(h, h') / mse(h', 0)`, mean over the places compared."""
-    errors = [
-        functional.mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean()
-        for ours, theirs in zip(sparse.hidden, dense.hidden, strict=True)
-    ]
-    return torch.stack(errors).mean()
+    pairs = zip(sparse.hidden, dense.hidden, strict=True)
+    return torch.stack([relative_error(*pair) for pair in pairs]).mean()
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """The squared error of hidden states over their mean square."""
+    return functional.mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean()
 
 
 def cross_entropy(sparse: Seen, following: torch.Tensor) -> torch.Tensor:

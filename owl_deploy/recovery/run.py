@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from owl_deploy.bundle.manifest import DENSE_BELOW
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.files import resumable_directory, staged_directory, write_text
 from owl_deploy.machine.cpu import cpu_flags
 from owl_deploy.models.load import architecture, context_length, load_model, load_tokenizer
 from owl_deploy.models.source import ModelSource
-from owl_deploy.models.structure import Block, find_blocks
+from owl_deploy.models.structure import Block, find_blocks, share_of_zeros
 from owl_deploy.pruning.manifest import PerplexityRecord, read_manifest
 from owl_deploy.pruning.run import Evaluation, Execution, check_device, evaluation_of, measured_perplexity, open_model
 from owl_deploy.records import fingerprint, versions
@@ -35,7 +36,6 @@ from owl_deploy.recovery.weights import what_is_trained
 from owl_deploy.reporting import SILENT, Clock, Reporter
 from owl_deploy.text.windows import TokenWindows, check_windows
 
-_FEWEST_ZEROS = 0.01
 _TEXT = "text.npy"
 SELF = "self"
 """Names text that the dense model writes itself."""
@@ -209,7 +209,7 @@ def _trained(
             save_model(trainer.finish(merge=True).to("cpu"), blocks, zeros, stored, staging)
         raise CheckFailed(f"{error}; the last good save, of step {step}, is {beside}; a lower --lr may help") from error
     trainer.finish(merge=plan.merge).to("cpu")
-    sparsity, final = _sparsity(blocks), None
+    sparsity, final = share_of_zeros(blocks), None
     with clock.phase("save"):
         if plan.merge:
             save_model(model, blocks, zeros, stored, job.staging)
@@ -277,10 +277,6 @@ def _dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def _sparsity(blocks: Sequence[Block]) -> float:
-    return sum(block.zeros for block in blocks) / sum(block.weights for block in blocks)
-
-
 def _check_offload(plan: RecoveryPlan, text: str, execution: Execution) -> None:
     if not execution.offload:
         return
@@ -305,8 +301,8 @@ def _check_pair(job: _Job, model: PreTrainedModel, blocks: Sequence[Block], teac
         raise UserError(f"--dense {job.dense.name}: is no dense model of {job.sparse.name} ({theirs}; not {ours})")
     if job.execution.offload or job.plan.weights is not None:  # offloaded weights are not there to be counted
         return
-    zeros = _sparsity(blocks)
-    if zeros < _FEWEST_ZEROS:
+    zeros = share_of_zeros(blocks)
+    if zeros < DENSE_BELOW:
         raise UserError(
             f"{job.sparse.name}: {zeros:.2%} of its weights are zeros, so nothing was pruned; prune it first"
         )

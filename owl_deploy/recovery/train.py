@@ -239,4 +239,4 @@ class Trainer:
             yield one.name, one.master.detach()
             state = self._optimizer.state[one.master]
             for name in _MOMENTS:
-                yield f"{one.name}.{name}", state.get(name, torch.zeros_like(one.master)).detach()
+                yield f"{one.name}.{name}", state[name].detach() if name in state else torch.zeros_like(one.master)

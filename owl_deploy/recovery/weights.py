@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from owl_deploy.errors import UserError
-from owl_deploy.models.structure import Block, Linear, matrix_of, set_matrix
+from owl_deploy.models.structure import Block, Linear, linears_of, matrix_of, set_matrix
 from owl_deploy.recovery.plan import RecoveryPlan
 
 
@@ -41,7 +41,7 @@ class KeptWeights:
     """All parameters but embeddings and the head: the blocks' linears, their biases, and the norms."""
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
-        self.linears = {block.full_name(name): linear for block in blocks for name, linear in block.linears.items()}
+        self.linears = linears_of(blocks)
         head = model.get_output_embeddings()
         frozen = {
             id(parameter)
@@ -150,7 +150,7 @@ def what_is_trained(model: PreTrainedModel, blocks: Sequence[Block], plan: Recov
 
 
 def _named(blocks: Sequence[Block], targets: Sequence[str]) -> dict[str, Linear]:
-    linears = {block.full_name(name): linear for block in blocks for name, linear in block.linears.items()}
+    linears = linears_of(blocks)
     chosen = {path: linear for path, linear in linears.items() if path.endswith(tuple(f".{name}" for name in targets))}
     for target in targets:
         if not any(path.endswith(f".{target}") for path in chosen):

@@ -32,7 +32,6 @@ from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.manifest import BlockRecord
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, Evaluation
-from owl_deploy.pruning.search.evolve import Effort
 from owl_deploy.pruning.search.run import search
 from owl_deploy.pruning.weights import InMemory, restored
 from owl_deploy.records import fingerprint, read_record, versions
@@ -248,9 +247,9 @@ class _Bench:
     def _searched(self, plan: PruningPlan) -> PruningPlan:
         """The plan with what a search chose; the pruned levels that it takes are gone after it."""
         with disk_errors(self._out), tempfile.TemporaryDirectory(prefix=".search-", dir=self._out) as kept:
-            effort = Effort(plan.generations or 0)
-            model, blocks, weights = self._model, self.blocks, self._weights
-            chosen, _ = search(model, blocks, plan, self._ids, weights, effort=effort, seed=self._seed, kept=Path(kept))
+            chosen, _ = search(
+                self._model, self.blocks, plan, self._ids, self._weights, seed=self._seed, kept=Path(kept)
+            )
         return chosen
 
     @torch.no_grad()

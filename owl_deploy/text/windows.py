@@ -17,6 +17,8 @@ from owl_deploy.text.documents import Split, load_documents
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
+_HELD_OUT = 4
+"""One calibration window of this many is held out where choices are compared."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ def whole_windows(
     if count == 0:
         raise UserError(f"{spec}: {len(whole)} tokens are less than one window of {seqlen}; give a shorter --seqlen")
     return TokenWindows(whole[: count * seqlen].reshape(count, seqlen), spec)
+
+
+def held_out(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first windows of `ids` [n, length], to fit on, and the last quarter (one at least), to compare on."""
+    count = max(1, len(ids) // _HELD_OUT)
+    return ids[:-count], ids[-count:]
 
 
 def check_windows(windows: TokenWindows, *, vocabulary: int, context: int | None) -> None:

@@ -29,9 +29,8 @@ from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
 from owl_deploy.pruning.search.levels import Levels, Option, bit_options, make_levels, sparse_options
 from owl_deploy.pruning.weights import BlockWeights, restored
 from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.text.windows import held_out
 
-_HELD_OUT = 4
-"""One window of this many is held out."""
 _POSITIONS = 128
 _STEP, _REACH = 0.05, 0.25
 
@@ -62,7 +61,6 @@ def search(
     ids: NDArray[np.int64],
     weights: BlockWeights,
     *,
-    effort: Effort,
     seed: int,
     kept: Path,
     reporter: Reporter = SILENT,
@@ -78,14 +76,14 @@ def search(
     """
     if len(ids) < 2:
         raise UserError("--allocation search needs at least 2 calibration windows: to prune by, and to compare on")
-    held_out = max(1, len(ids) // _HELD_OUT)
-    fitted, compared = ids[:-held_out], ids[-held_out:]
+    fitted, compared = held_out(ids)
     wanted = _dense_predictions(model, compared, seed)
     in_bits = plan.bits is not None
     options = bit_options() if in_bits else sparse_options(plan.sparsity, _STEP, _REACH, plan.weights)
     make_levels(model, blocks, plan, options, fitted, weights, kept, reporter)
     by_owl = None if in_bits else _owl_choice(model, blocks, plan, fitted, weights, options, reporter)
-    everything = np.arange(held_out)
+    everything = np.arange(len(compared))
+    effort = Effort(plan.generations or 0)
     with restored(blocks):
         levels = Levels(blocks, options, kept)
         total = sum(linear.weight.numel() for linear in levels.linears.values())
