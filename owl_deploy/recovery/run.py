@@ -15,8 +15,8 @@ from owl_deploy.bundle.manifest import DENSE_BELOW
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.files import resumable_directory, staged_directory, write_text
-from owl_deploy.machine.cpu import cpu_flags
 from owl_deploy.models.load import architecture, context_length, load_model, load_tokenizer
+from owl_deploy.models.precision import fast_dtype
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import Block, find_blocks, share_of_zeros
 from owl_deploy.pruning.manifest import PerplexityRecord, read_manifest
@@ -119,7 +119,7 @@ def recover_checkpoint(
         "evaluation": evaluated_on.sha256 if evaluated_on else None,
     }
     inputs_sha256 = fingerprint(inputs)
-    dtype = torch.float32 if plan.method == "blocks" else _dtype(execution.device)
+    dtype = torch.float32 if plan.method == "blocks" else fast_dtype(execution.device)
     conditions = {"versions": versions(), "device": execution.device, "dtype": str(dtype)}
     if (earlier := read_recovery(out)) is not None:
         if earlier.inputs_sha256 != inputs_sha256:
@@ -268,13 +268,6 @@ def _own_text(job: _Job, dense: PreTrainedModel) -> TrainingText:
     ids = write_own_text(dense, count, plan.seqlen, seed=plan.seed, kept=job.unfinished, reporter=job.reporter)
     np.save(job.staging / _TEXT, ids)
     return split(TokenWindows(ids, SELF), plan)
-
-
-def _dtype(device: str) -> torch.dtype:
-    """What forward passes are computed in: bf16 where there are products of it, else fp32."""
-    if device != "cpu" or {"amx_bf16", "avx512_bf16"} & cpu_flags():
-        return torch.bfloat16
-    return torch.float32
 
 
 def _check_offload(plan: RecoveryPlan, text: str, execution: Execution) -> None:

@@ -37,6 +37,30 @@ class Problem:
         """What the cheapest choice costs."""
         return sum(costs[-1] for costs in self.costs)
 
+    def least_harm(self, harms: NDArray[np.float64]) -> Choice:
+        """The choice within the budget that hurts about least, if harms add up: each unit's best at one price of cost.
+
+        Args:
+            harms: of each unit's options, [units, options].
+
+        Raises:
+            ValueError: not even the cheapest options fit.
+        """
+        costs = np.array(self.costs, np.float64)
+        if self.least > self.budget:
+            raise ValueError(f"the cheapest choice costs {self.least}, more than the {self.budget} there are")
+
+        def at(price: float) -> Choice:
+            return tuple(int(option) for option in np.argmin(harms + price * costs, axis=1))
+
+        low, high = 0.0, float(np.finfo(np.float32).tiny)
+        while self.cost(at(high)) > self.budget:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost(at(middle)) > self.budget else (low, middle)
+        return at(high)
+
     def repaired(self, choice: Choice, rng: np.random.Generator) -> Choice:
         """The choice with units, in random order, made cheaper until it fits, and others dearer as far as it allows.
 

@@ -62,33 +62,45 @@ def bit_options() -> tuple[Option, ...]:
 
 
 class Levels:
-    """The weights of every linear for every option; a model's linears take them without a copy."""
+    """The weights of every linear for every option; a model's linears take them without a copy.
 
-    def __init__(self, blocks: Sequence[Block], options: Sequence[Option], directory: Path) -> None:
-        """Open what `make_levels` wrote."""
+    Attributes:
+        linears: by full name.
+        weights: of each linear, in every option, [out, in].
+    """
+
+    def __init__(self, blocks: Sequence[Block], options: Sequence[Option], directory: Path, dtype: torch.dtype) -> None:
+        """Open what `make_levels` wrote; the weights are held in `dtype`."""
         self.options = tuple(options)
         self.linears: dict[str, Linear] = {}
-        self._weights: list[list[torch.Tensor]] = []
+        self.weights: list[list[torch.Tensor]] = []
+        self._dense: list[torch.Tensor] = []
         for block in blocks:
             with safe_open(directory / f"{block.name}.levels.safetensors", framework="pt") as file:
                 for name, linear in block.linears.items():
                     self.linears[block.full_name(name)] = linear
-                    self._weights.append([file.get_tensor(_key(name, option)) for option in options])
+                    self._dense.append(matrix_of(linear))
+                    self.weights.append([file.get_tensor(_key(name, option)).to(dtype) for option in options])
 
     @property
     def kept(self) -> list[list[int]]:
         """How many weights each linear keeps, by option."""
-        return [[int(torch.count_nonzero(weight)) for weight in levels] for levels in self._weights]
+        return [[int(torch.count_nonzero(weight)) for weight in levels] for levels in self.weights]
 
     @property
     def bits(self) -> list[list[int]]:
         """How many bits each linear takes, by option."""
-        shapes = [levels[0].shape for levels in self._weights]
+        shapes = [levels[0].shape for levels in self.weights]
         return [[round(option.bits(columns) * rows * columns) for option in self.options] for rows, columns in shapes]
+
+    def show_dense(self) -> None:
+        """Give every linear the weights that it had at first."""
+        for linear, weight in zip(self.linears.values(), self._dense, strict=True):
+            set_matrix(linear, weight)
 
     def show(self, choice: Sequence[int]) -> None:
         """Give every linear the weights of its option."""
-        for linear, levels, option in zip(self.linears.values(), self._weights, choice, strict=True):
+        for linear, levels, option in zip(self.linears.values(), self.weights, choice, strict=True):
             set_matrix(linear, levels[option])
 
 

@@ -7,7 +7,7 @@ KL(dense || candidate) on calibration windows that no linear was pruned by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from owl_deploy.errors import UserError
 from owl_deploy.files import read_json, write_json
 from owl_deploy.models.logits import forward_at
+from owl_deploy.models.precision import computing_in, fast_dtype
 from owl_deploy.models.structure import Block
 from owl_deploy.pruning.allocate import allocate
 from owl_deploy.pruning.calibration.dense import measure_dense
@@ -27,12 +28,15 @@ from owl_deploy.pruning.manifest import SearchRecord
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
 from owl_deploy.pruning.search.levels import Levels, Option, bit_options, make_levels, sparse_options
-from owl_deploy.pruning.weights import BlockWeights, restored
+from owl_deploy.pruning.search.sensitivity import harms
+from owl_deploy.pruning.weights import BlockWeights
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.text.windows import held_out
 
 _POSITIONS = 128
 _STEP, _REACH = 0.05, 0.25
+_WINDOWS = 32
+"""Of calibration, to measure by how much each option hurts."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,16 @@ def search(
     if len(ids) < 2:
         raise UserError("--allocation search needs at least 2 calibration windows: to prune by, and to compare on")
     fitted, compared = held_out(ids)
-    wanted = _dense_predictions(model, compared, seed)
     in_bits = plan.bits is not None
     options = bit_options() if in_bits else sparse_options(plan.sparsity, _STEP, _REACH, plan.weights)
     make_levels(model, blocks, plan, options, fitted, weights, kept, reporter)
     by_owl = None if in_bits else _owl_choice(model, blocks, plan, fitted, weights, options, reporter)
     everything = np.arange(len(compared))
     effort = Effort(plan.generations or 0)
-    with restored(blocks):
-        levels = Levels(blocks, options, kept)
+    dtype = fast_dtype(str(model.device))
+    with computing_in(model, dtype):
+        wanted = _dense_predictions(model, compared, seed)
+        levels = Levels(blocks, options, kept, dtype)
         total = sum(linear.weight.numel() for linear in levels.linears.values())
         if plan.bits is not None:
             problem = Problem(levels.bits, round(plan.bits * total))
@@ -100,8 +105,13 @@ def search(
             levels.show(choice)
             return wanted.kl(model, drawn)
 
-        start = by_owl or _best_alike(problem, len(options), fitness, everything)
-        log = _evolved(problem, start, fitness, options, everything, effort, seed, kept, reporter)
+        def starts() -> Iterator[Choice]:
+            alike = _alike(problem, len(options))
+            yield by_owl or min(alike, key=lambda choice: fitness(choice, everything))
+            levels.show_dense()
+            yield problem.least_harm(harms(model, levels, fitted[:_WINDOWS], seed=seed, reporter=reporter))
+
+        log = _evolved(problem, starts, fitness, options, everything, effort, seed, kept, reporter)
     grids = {name: grid for name, grid in zip(levels.linears, log[-1].weights, strict=True) if grid is not None}
     chosen = replace(
         plan,
@@ -114,20 +124,15 @@ def search(
     return chosen, log
 
 
-def _best_alike(
-    problem: Problem,
-    options: int,
-    fitness: Callable[[Choice, NDArray[np.int64]], float],
-    everything: NDArray[np.int64],
-) -> Choice:
-    """The best of the choices that treat all linears alike and fit: pure rounding and pure pruning are among them."""
+def _alike(problem: Problem, options: int) -> list[Choice]:
+    """The choices that treat all linears alike and fit: pure rounding and pure pruning are among them."""
     alike: list[Choice] = [(option,) * len(problem.costs) for option in range(options)]
-    return min((one for one in alike if problem.cost(one) <= problem.budget), key=lambda one: fitness(one, everything))
+    return [choice for choice in alike if problem.cost(choice) <= problem.budget]
 
 
 def _evolved(
     problem: Problem,
-    start: Choice,
+    starts: Callable[[], Iterator[Choice]],
     fitness: Callable[[Choice, NDArray[np.int64]], float],
     options: Sequence[Option],
     everything: NDArray[np.int64],
@@ -136,7 +141,7 @@ def _evolved(
     kept: Path,
     reporter: Reporter,
 ) -> list[SearchRecord]:
-    """The best after each generation in which it changed, from what an earlier run has left on."""
+    """The best after each generation in which it changed: from the best of `starts`, or where an earlier run ended."""
     file = kept / "search.json"
 
     def record(generation: int, choice: Choice) -> SearchRecord:
@@ -155,14 +160,16 @@ def _evolved(
     if file.is_file():
         made = read_json(file)
         first, log = made["generation"] + 1, [SearchRecord.model_validate(entry) for entry in made["log"]]
-        taken = [Option(*pair) for pair in zip(log[-1].sparsities, log[-1].weights, strict=True)]
-        start = tuple(options.index(option) for option in taken)
     else:
-        start = problem.repaired(start, np.random.default_rng([seed, 0]))
-        first, log = 1, [record(0, start)]
+        first, log = 1, []
+        for start in starts():
+            entry = record(0, problem.repaired(start, np.random.default_rng([seed, 0])))
+            if not log or entry.kl < log[-1].kl:
+                log.append(entry)
         keep(0)
+    best = tuple(options.index(Option(*pair)) for pair in zip(log[-1].sparsities, log[-1].weights, strict=True))
     with reporter.progress(effort.generations, "searching", done=first - 1) as advance:
-        for generation in evolve(problem, start, fitness, len(everything), effort, seed, first=first):
+        for generation in evolve(problem, best, fitness, len(everything), effort, seed, first=first):
             if generation.is_new:
                 log.append(record(generation.number, generation.choice))
             keep(generation.number)
