@@ -19,10 +19,12 @@ from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks
 from owl_deploy.recovery import blocks as by_blocks
+from owl_deploy.recovery import teacher as teachers
 from owl_deploy.recovery import training
 from owl_deploy.recovery.losses import Seen, cross_entropy, kl, squarehead
 from owl_deploy.recovery.plan import RecoveryPlan, parse_tokens
 from owl_deploy.recovery.save import Zeros
+from owl_deploy.recovery.teacher import RememberingTeacher, Teacher, teacher_of
 from owl_deploy.recovery.text import training_text
 from owl_deploy.recovery.train import Trainer
 from owl_deploy.recovery.weights import KeptWeights, LowRank
@@ -246,7 +248,7 @@ def test_every_family_recovers(family: str, tiny_model: TinyModel, text: Path) -
             linear.weight[linear.weight.abs() < linear.weight.abs().median()] = 0
     zeros = Zeros(blocks)
     plan = RecoveryPlan(64 * 20, seqlen=16, learning_rate=3e-4, warmup=0, positions=1.0)
-    trainer = Trainer(model, KeptWeights(model, blocks), dense, plan)
+    trainer = Trainer(model, KeptWeights(model, blocks), Teacher(dense, plan), plan)
     ids = np.load(text)
     losses = [trainer.step(ids[:4]).loss for _ in range(12)]
     assert losses[-1] < losses[0]
@@ -258,7 +260,7 @@ def test_bf16_passes_train_fp32_weights(tiny_model: TinyModel, text: Path) -> No
     model = load_model(ModelSource("sparse", tiny_model("llama")))
     embedding = model.get_input_embeddings().weight.detach().clone()
     plan = RecoveryPlan(640, seqlen=16, cross_entropy=1.0, warmup=0)
-    trainer = Trainer(model, KeptWeights(model, find_blocks(model)), dense, plan)
+    trainer = Trainer(model, KeptWeights(model, find_blocks(model)), Teacher(dense, plan), plan)
     assert model.dtype == torch.bfloat16
     trainer.step(np.load(text)[:4])
     trained = trainer.finish(merge=True)
@@ -266,6 +268,57 @@ def test_bf16_passes_train_fp32_weights(tiny_model: TinyModel, text: Path) -> No
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, weight.bfloat16().float())
     assert torch.equal(trained.get_input_embeddings().weight, embedding)
+
+
+# -------------------- the dense model's states
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_states_that_are_kept_are_those_of_a_pass(
+    family: str, tiny_model: TinyModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(ModelSource(family, tiny_model(family)))
+    ids, positions = np.load(text), torch.tensor([0, 3, 11])
+    plan = RecoveryPlan(10 * ids.size, seqlen=16, passes=10)
+    teacher = teacher_of(model, plan, ids, tmp_path)
+    if not isinstance(teacher, RememberingTeacher):  # its logits are not the head's alone
+        assert getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None)
+        return
+    sequences = torch.from_numpy(ids[[5, 2]])
+    wanted, seen = Teacher(model, plan).seen(sequences, positions), teacher.seen(sequences, positions)
+    torch.testing.assert_close(seen.hidden[-1], wanted.hidden[-1])
+    torch.testing.assert_close(seen.logits, wanted.logits)
+    monkeypatch.setattr(teachers, "forward_at", None)
+    for again in (teacher, RememberingTeacher(model, plan, ids, tmp_path)):  # and a later run finds them
+        assert torch.equal(again.seen(sequences, positions).logits, seen.logits)
+
+
+def test_a_text_that_is_repeated_goes_through_the_dense_model_once(
+    run_cli: RunCli, tiny_model: TinyModel, sparse: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["recover", sparse, "--dense", tiny_model("llama"), "--text", text, *OPTIONS, "--tokens", 2400]
+    passes: list[int] = []
+    forward_at = teachers.forward_at
+
+    def passing(model: Any, sequences: torch.Tensor, positions: torch.Tensor, **options: Any) -> Any:
+        passes.append(len(sequences))
+        return forward_at(model, sequences, positions, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "forward_at", passing)
+        assert run_cli(*arguments, "-o", tmp_path / "whole").code == 0
+    windows, trained = len(np.load(text)) - 2, 38 * 4
+    assert trained > 3 * windows
+    different = len(np.unique(np.load(text), axis=0))
+    assert sum(passes) - trained <= different + 1  # of the dense model, which is also tried once
+    monkeypatch.setattr(training, "_SAVED_EVERY_S", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted_at(20, Trainer.step))
+        assert run_cli(*arguments, "-o", tmp_path / "out").code == 130
+    assert run_cli(*arguments, "-o", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
 # -------------------- LoRA
@@ -279,7 +332,8 @@ def test_lora_changes_nothing_at_first_and_merges_exactly(tiny_model: TinyModel,
     zeros = Zeros(blocks)
     what = LowRank(blocks, ("q_proj", "v_proj"), rank=4, alpha=8, dropout=0.1, masked=True, seed=0)
     assert torch.equal(model(ids).logits, untouched(ids).logits)
-    trainer = Trainer(model, what, dense, RecoveryPlan(640, seqlen=16, method="lora", merge=True, learning_rate=0.01))
+    plan = RecoveryPlan(640, seqlen=16, method="lora", merge=True, learning_rate=0.01)
+    trainer = Trainer(model, what, Teacher(dense, plan), plan)
     for _ in range(3):
         trainer.step(ids.numpy())
     with torch.no_grad():

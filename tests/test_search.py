@@ -12,12 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
+from owl_deploy.models.load import load_model
+from owl_deploy.models.source import ModelSource
+from owl_deploy.models.structure import find_blocks, set_matrix
 from owl_deploy.pruning.search import run as search_run
 from owl_deploy.pruning.search.evolve import Choice, Effort, Problem, evolve
-from owl_deploy.pruning.search.levels import Option, bit_options, sparse_options
+from owl_deploy.pruning.search.levels import Levels, Option, bit_options, sparse_options
+from owl_deploy.pruning.search.sensitivity import harms
 
-from .conftest import RunCli, linears_in
+from .conftest import RunCli, TinyModel, linears_in
 
 
 @st.composite
@@ -44,6 +49,51 @@ def test_what_is_repaired_or_mutated_fits_the_budget(problem: Problem, seed: int
 def test_a_budget_that_nothing_fits() -> None:
     with pytest.raises(ValueError, match="costs 3, more than the 2 there are"):
         Problem([[5, 2], [5, 1]], 2).repaired((0, 0), np.random.default_rng(0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_no_cheaper_choice_harms_less(problem: Problem, data: st.DataObject) -> None:
+    count = min(len(options) for options in problem.costs)
+    problem = Problem([options[-count:] for options in problem.costs], problem.budget)
+    harms = np.array([data.draw(st.lists(st.floats(0, 9), min_size=count, max_size=count)) for _ in problem.costs])
+    chosen = problem.least_harm(harms)
+    assert problem.cost(chosen) <= problem.budget
+
+    def harm(choice: Choice) -> float:
+        return float(sum(harms[unit, option] for unit, option in enumerate(choice)))
+
+    for _ in range(20):
+        other = tuple(data.draw(st.integers(0, count - 1)) for _ in problem.costs)
+        if problem.cost(other) <= problem.cost(chosen):
+            assert harm(other) >= harm(chosen) - 1e-6
+
+
+def test_harms_are_the_kl_of_small_changes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = load_model(ModelSource("tiny", tiny_model("llama")), torch.float64)
+    blocks = find_blocks(model)
+    options = [Option(0.0), Option(0.5), Option(0.9)]
+    rng = torch.Generator().manual_seed(0)
+    for block in blocks:
+        changed = {
+            f"{name} {option}": linear.weight
+            + size * torch.randn(linear.weight.shape, generator=rng, dtype=torch.float64)
+            for name, linear in block.linears.items()
+            for option, size in zip(options, (0.0, 1e-3, 5e-3), strict=True)
+        }
+        save_file(changed, tmp_path / f"{block.name}.levels.safetensors")
+    levels = Levels(blocks, options, tmp_path, torch.float64)
+    ids = torch.randint(96, (256, 16), generator=rng)
+    estimated = harms(model, levels, ids.numpy(), seed=0)
+    wanted = model(ids).logits.log_softmax(-1)
+    for index in (0, len(levels.linears) - 1):
+        for option in range(3):
+            levels.show_dense()
+            set_matrix(list(levels.linears.values())[index], levels.weights[index][option])
+            ours = model(ids).logits.log_softmax(-1)
+            kl = torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True).item() / ids.numel()
+            assert estimated[index, option] == pytest.approx(kl, rel=0.4, abs=1e-12)
+    assert not any(linear.weight.requires_grad for linear in levels.linears.values())
 
 
 def test_evolution_comes_to_the_best_choice_and_never_goes_back() -> None:

@@ -29,6 +29,7 @@ from owl_deploy.recovery.manifest import MANIFEST, RecoveryManifest, read_recove
 from owl_deploy.recovery.plan import RecoveryPlan
 from owl_deploy.recovery.save import Zeros, save_beside_model, save_model
 from owl_deploy.recovery.self_text import write_text as write_own_text
+from owl_deploy.recovery.teacher import teacher_of
 from owl_deploy.recovery.text import TrainingText, split, training_text, windows_needed
 from owl_deploy.recovery.train import Diverged, StepRecord, Trainer
 from owl_deploy.recovery.training import Training
@@ -197,7 +198,7 @@ def _trained(
     model.to(device)
     teacher.to(device)
     what = what_is_trained(model, blocks, plan)
-    trainer = Trainer(model, what, teacher, plan)
+    trainer = Trainer(model, what, teacher_of(teacher, plan, text.windows.ids, job.unfinished), plan)
     training = Training(trainer, model, text, plan, job.unfinished, clock)
     try:
         training.train(job.reporter)

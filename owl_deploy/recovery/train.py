@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from owl_deploy.errors import CheckFailed
 from owl_deploy.files import written_whole
-from owl_deploy.models.logits import forward_at
 from owl_deploy.models.shards import write_shard
 from owl_deploy.models.structure import set_matrix
 from owl_deploy.records import Record
-from owl_deploy.recovery.losses import Seen, cross_entropy, kl, squarehead
+from owl_deploy.recovery.losses import cross_entropy, kl, squarehead
 from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.recovery.teacher import Teacher, seen
 from owl_deploy.recovery.weights import WhatIsTrained
 from owl_deploy.rounding import GRIDS
 
@@ -84,15 +84,16 @@ class Trainer:
         log: what every step so far came to.
     """
 
-    def __init__(self, model: PreTrainedModel, what: WhatIsTrained, dense: PreTrainedModel, plan: RecoveryPlan) -> None:
-        """Train `what` there is in `model`, which is in fp32, towards `dense` and in its dtype."""
+    def __init__(self, model: PreTrainedModel, what: WhatIsTrained, teacher: Teacher, plan: RecoveryPlan) -> None:
+        """Train `what` there is in `model`, which is in fp32, towards the teacher's and in its dtype."""
+        dtype = teacher.model.dtype
         self.log: list[StepRecord] = []
-        self._model, self._what, self._dense, self._plan = model, what, dense, plan
+        self._model, self._what, self._teacher, self._plan = model, what, teacher, plan
         self._grid = GRIDS[plan.weights] if plan.weights else None
-        self._trained = list(self._with_masters(dense.dtype))
+        self._trained = list(self._with_masters(dtype))
         self._frozen = [(one, one.data) for one in model.parameters() if not one.requires_grad]
         for parameter in (*model.parameters(), *what.parameters.values()):  # not buffers, such as rotary frequencies
-            parameter.data = parameter.data.to(dense.dtype)
+            parameter.data = parameter.data.to(dtype)
         self._show()
         self._optimizer = torch.optim.AdamW(
             [one.master for one in self._trained], plan.peak, BETAS, weight_decay=plan.decay, fused=True
@@ -186,21 +187,15 @@ class Trainer:
         drawn = np.sort(rng.choice(length - 1, count, replace=False))
         positions = torch.from_numpy(drawn).to(sequences.device)
         self._what.draw(int(rng.integers(2**31)))
-        ours = self._seen(self._model, sequences, positions)
+        ours = seen(self._model, sequences, positions, plan)
         self._what.draw(None)
-        with torch.no_grad():
-            theirs = self._seen(self._dense, sequences, positions) if plan.kl or plan.hidden else ours
+        theirs = self._teacher.seen(sequences, positions) if plan.kl or plan.hidden else ours
         none = torch.zeros((), device=sequences.device)
         return [
             kl(ours, theirs) if plan.kl else none,
             squarehead(ours, theirs) if plan.hidden else none,
             cross_entropy(ours, sequences[:, positions + 1]) if plan.cross_entropy else none,
         ]
-
-    def _seen(self, model: PreTrainedModel, sequences: torch.Tensor, positions: torch.Tensor) -> Seen:
-        output = forward_at(model, sequences, positions, output_hidden_states=bool(self._plan.hidden))
-        hidden = output.hidden_states or ()
-        return Seen(hidden[-1:] if self._plan.states == "last" else hidden[1:], output.logits)
 
     def _move(self, number: int, *, is_finite: bool) -> None:
         """One step of the optimizer, by the gradients of the model's parameters."""

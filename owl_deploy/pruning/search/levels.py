@@ -79,7 +79,7 @@ class Levels:
             with safe_open(directory / f"{block.name}.levels.safetensors", framework="pt") as file:
                 for name, linear in block.linears.items():
                     self.linears[block.full_name(name)] = linear
-                    self._dense.append(matrix_of(linear))
+                    self._dense.append(matrix_of(linear).detach())
                     self.weights.append([file.get_tensor(_key(name, option)).to(dtype) for option in options])
 
     @property
