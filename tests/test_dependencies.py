@@ -71,13 +71,13 @@ def distributions(module: str) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    allowed = declared().keys() | declared("ray", "tasks", "demo").keys() | OF_OTHER_ENVIRONMENTS
+    allowed = declared().keys() | declared("ray", "serve", "tasks", "demo").keys() | OF_OTHER_ENVIRONMENTS
     undeclared = {module for module in imported(["owl_deploy"]) if not distributions(module) & allowed}
     assert not undeclared
 
 
 def test_every_package_that_the_tests_and_benchmarks_import_is_declared() -> None:
-    allowed = declared().keys() | declared("dev", "ray", "tasks").keys()
+    allowed = declared().keys() | declared("dev", "ray", "serve", "tasks").keys()
     undeclared = {module for module in imported(["tests", "benchmarks"]) if not distributions(module) & allowed}
     assert not undeclared
 
@@ -88,12 +88,12 @@ def test_every_requirement_is_used() -> None:
 
 
 def test_no_requirement_is_one_exact_version() -> None:
-    every = [*declared().values(), *declared("ray", "tasks", "demo", "dev").values()]
+    every = [*declared().values(), *declared("ray", "serve", "tasks", "demo", "dev").values()]
     assert not [str(one) for one in every if any(part.operator in ("==", "===") for part in one.specifier)]
 
 
 def test_the_versions_we_test_are_among_those_we_declare() -> None:
-    ranges = declared() | declared("ray", "tasks", "demo", "dev")
+    ranges = declared() | declared("ray", "serve", "tasks", "demo", "dev")
     for pin in constraints():
         (version,) = pin.specifier
         assert version.operator == "=="

@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 
 from owl_deploy import __version__
-from owl_deploy.cli import bench, engines, evaluate, export, generate, prune, recover, report, roofline, study
+from owl_deploy.cli import bench, engines, evaluate, export, generate, prune, recover, report, roofline, serve, study
 from owl_deploy.errors import CheckFailed, UserError
 
 _INTERRUPTED = 130
@@ -47,6 +47,7 @@ app.command()(export.export)
 app.command()(generate.generate)
 app.command()(bench.bench)
 app.command()(report.report)
+app.command()(serve.serve)
 app.command()(roofline.roofline)
 app.add_typer(study.app, name="study")
 app.add_typer(engines.app, name="engines")

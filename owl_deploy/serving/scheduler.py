@@ -184,9 +184,9 @@ class Scheduler:
         if not request.is_over:
             request.tokens.append(token)
 
-    def forget(self, slot: int) -> None:
-        """What a slot keeps is not to be used: computing it failed."""
-        self._slots[slot].kept.clear()
+    def forget(self, slot: int, start: int = 0) -> None:
+        """What a slot keeps from `start` on is not to be used: it was not computed."""
+        del self._slots[slot].kept[start:]
 
     def step(self, now: float) -> Step:
         """Decide what to compute, and take it as computed."""
