@@ -1,6 +1,6 @@
 """owl-deploy: prune an LLM with OWL, export it to ONNX, and measure what the sparsity buys on a CPU.
 
-`prune`, `recover`, `evaluate`, `export`, `bench` and `load_bundle` do what the commands of these names do; see
+`prune`, `recover`, `evaluate`, `export`, `bench`, `serve` and `load_bundle` do what the commands of these names do; see
 `owl_deploy.api`.
 """
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from owl_deploy.api import Bundle, bench, evaluate, export, load_bundle, prune, recover
+    from owl_deploy.api import Bundle, bench, evaluate, export, load_bundle, prune, recover, serve
     from owl_deploy.benchmarking.rows import Row
     from owl_deploy.benchmarking.run import Request
     from owl_deploy.errors import CheckFailed, UserError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # What is imported on first use, and from where: torch and transformers take seconds, `owl-deploy --help` none.
 _HOMES = {
-    "api": ("Bundle", "bench", "evaluate", "export", "load_bundle", "prune", "recover"),
+    "api": ("Bundle", "bench", "evaluate", "export", "load_bundle", "prune", "recover", "serve"),
     "benchmarking.rows": ("Row",),
     "benchmarking.run": ("Request",),
     "errors": ("CheckFailed", "UserError"),
@@ -60,6 +60,7 @@ __all__ = [
     "load_bundle",
     "prune",
     "recover",
+    "serve",
 ]
 
 

@@ -14,6 +14,7 @@ from owl_deploy.benchmarking.run import Request, bench_bundles
 from owl_deploy.bundle.manifest import BundleManifest, flavors_of, read_bundle
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.registry import installed_engines
+from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
 from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.generation.model import Sampling
@@ -191,6 +192,60 @@ def load_bundle(path: AnyPath) -> Bundle:
         UserError: the directory is not a bundle, or `bundle.json` is damaged.
     """
     return Bundle(Path(path), read_bundle(Path(path)))
+
+
+def serve(
+    bundle: AnyPath,
+    *,
+    flavor: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    slots: int = 8,
+    context: int | None = None,
+    queue: int = 64,
+    piece: int = 32,
+    timeout_s: float | None = 600,
+    api_key: str | None = None,
+    log_prompts: bool = False,
+    threads: int | None = None,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Answer with the API of OpenAI, as `owl-deploy serve` does, until SIGTERM or SIGINT.
+
+    Args:
+        flavor: the graph; None for the smallest sparse one, else the smallest of genai.
+        port: 0 takes one that is free, which `reporter` tells.
+        name: what requests call the model; None for the name of the bundle's directory.
+        slots: answers that are made at once.
+        context: tokens of each, prompt and answer; None for 2048, or the model's if it has fewer.
+        queue: answers that may wait.
+        piece: tokens of a prompt that are computed between two tokens of the running answers.
+        timeout_s: from a request to the end of its answer; None for no limit.
+        api_key: what requests have to bring; None to ask for none.
+        threads: None for all cores.
+
+    Raises:
+        UserError: the bundle cannot be served, the port is taken, or the extra `serve` is not installed.
+        KeyboardInterrupt: a second signal came before all answers were finished.
+        CheckFailed: the engine has failed.
+    """
+    try:
+        from owl_deploy.serving.app import Limits
+        from owl_deploy.serving.run import Serving, serve_bundle, tell
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}; install it with: pip install 'owl-deploy[serve]'") from error
+    serve_bundle(
+        Path(bundle),
+        Serving(flavor, name, slots, context, queue, piece, threads or available_cores()),
+        host=host,
+        port=port,
+        limits=Limits(timeout_s=timeout_s),
+        api_key=api_key,
+        log_prompts=log_prompts,
+        on_ready=lambda opened, url: tell(opened, url, reporter),
+        reporter=reporter,
+    )
 
 
 def bench(

@@ -68,7 +68,7 @@ def serve(
     key = _api_key(api_key)
     try:
         from owl_deploy.serving.app import Limits
-        from owl_deploy.serving.run import Serving, log_to, serve_bundle
+        from owl_deploy.serving.run import Serving, log_to, serve_bundle, tell
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}; install it with: pip install 'owl-deploy[serve]'") from error
     from owl_deploy.machine.threads import available_cores
@@ -85,20 +85,15 @@ def serve(
     )
 
     def ready(opened: Opened, url: str) -> None:
-        model, buffer_mib = opened.model, opened.buffer_bytes / 2**20
-        reporter.step(
-            f"{model.name} ({opened.flavor}): {slots} slots of {model.context} tokens, at most {buffer_mib:.0f} MiB of "
-            f"keys and values; {queue} answers may wait"
-        )
-        reporter.step(f"{url}  chat; {url}/v1  API; {url}/docs  documentation")
+        tell(opened, url, reporter)
         if json:
             found = {
                 "url": url,
                 "pid": os.getpid(),
-                "model": model.name,
+                "model": opened.model.name,
                 "flavor": opened.flavor,
                 "slots": slots,
-                "context": model.context,
+                "context": opened.model.context,
                 "buffer_bytes": opened.buffer_bytes,
             }
             typer.echo(jsonlib.dumps(found))

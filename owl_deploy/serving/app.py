@@ -123,8 +123,16 @@ def create_app(
         tokens = await service.prepared(lambda: token_ids(model, body))
         return Tokens(tokens=tokens, count=len(tokens), max_model_len=model.context)
 
+    _document(app)
     paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]
     return Guard(app, api_key=api_key, body_bytes=limits.body_bytes, paths=paths, metrics=metrics)
+
+
+def _document(app: FastAPI) -> None:
+    """Take the 422 out of the OpenAPI page, which FastAPI writes to each path: it is a 400 here."""
+    for methods in app.openapi()["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -168,7 +176,8 @@ class _Service:
         self.check_name(body.model)
         events: Events = asyncio.Queue()
         deadline = math.inf if self._limits.timeout_s is None else time.monotonic() + self._limits.timeout_s
-        prepared = await self.prepared(lambda: self._prepare(body, deadline, _tell(events)))
+        tell = _tell(events)
+        prepared = await self.prepared(lambda: self._prepare(body, deadline, tell))
         if self._log_prompts:
             _LOG.info("prompts: %s", [self._model.tokenizer.decode(prompt) for prompt in prepared.prompts])
         self._submit(prepared)

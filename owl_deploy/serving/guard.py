@@ -87,7 +87,9 @@ class Guard:
         return limited
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than the {self._body_bytes} bytes that are read", code="body_too_large")
+        return ApiError(
+            413, f"the body is larger than the {self._body_bytes} bytes that are read", code="body_too_large"
+        )
 
 
 def _response(error: ApiError) -> JSONResponse:

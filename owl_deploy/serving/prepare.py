@@ -279,7 +279,9 @@ def _bias(model: ServedModel, body: SamplingBody) -> dict[int, float]:
     bias = {}
     for name, value in body.logit_bias.items():
         if not (name.isascii() and name.isdecimal() and int(name) < model.vocabulary):
-            raise invalid(f"logit_bias: {name!r} is no token of the model, which knows {model.vocabulary}", "logit_bias")
+            raise invalid(
+                f"logit_bias: {name!r} is no token of the model, which knows {model.vocabulary}", "logit_bias"
+            )
         bias[int(name)] = value
     return bias
 
@@ -302,5 +304,7 @@ def _encode(model: ServedModel, text: str, *, special: bool) -> list[int]:
     if not ids:
         raise invalid("the text has no tokens; give another", "prompt")
     if max(ids) >= model.vocabulary:
-        raise ApiError(500, f"the tokenizer knows token {max(ids)}, the model only {model.vocabulary}", type="server_error")
+        raise ApiError(
+            500, f"the tokenizer knows token {max(ids)}, the model only {model.vocabulary}", type="server_error"
+        )
     return ids

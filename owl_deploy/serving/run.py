@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,17 @@ from owl_deploy.serving.runner import SlotRunner
 from owl_deploy.serving.scheduler import Scheduler
 
 _CONFIG = "genai_config.json"
-_PREFERRED: tuple[Flavor, ...] = ("sparse-int8", "sparse-packed16", "sparse-packed32", "genai-int4", "genai-int8", "genai")
+_PREFERRED: tuple[Flavor, ...] = (
+    "sparse-int8",
+    "sparse-packed16",
+    "sparse-packed32",
+    "genai-int4",
+    "genai-int8",
+    "genai",
+)
 _DEFAULT_CONTEXT = 2048
 _SWITCH_S = 0.0005  # how long a thread may hold Python's lock: the engine's must not wait for the HTTP one
+_SAME_SIGNAL_S = 0.3  # `timeout`, shells and make send one signal to the process and to its group: it comes twice
 _MIB = 2**20
 
 
@@ -75,6 +84,7 @@ class Opened:
     model: ServedModel
     metrics: Metrics
     flavor: Flavor
+    serving: Serving
     buffer_bytes: int
 
 
@@ -117,7 +127,7 @@ def open_bundle(bundle: Path, serving: Serving) -> Opened:
     metrics = Metrics()
     engine = Engine(runner, scheduler, metrics)
     metrics.watch(engine.counts, serving.slots, runner.buffer_bytes)
-    return Opened(engine, model, metrics, flavor, runner.buffer_bytes)
+    return Opened(engine, model, metrics, flavor, serving, runner.buffer_bytes)
 
 
 def choose_flavor(bundle: Path, manifest: BundleManifest, asked: str | None) -> Flavor:
@@ -162,6 +172,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_drain = on_drain
         self.was_forced = False
+        self._told_at = 0.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -177,11 +188,12 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del sig, frame
-        if self.should_exit:
-            self.force_exit = self.was_forced = True
-        else:
+        if not self.should_exit:
             self.should_exit = True
+            self._told_at = time.monotonic()
             self._on_drain()
+        elif time.monotonic() - self._told_at > _SAME_SIGNAL_S:
+            self.force_exit = self.was_forced = True
 
 
 def serve_bundle(
@@ -275,6 +287,16 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise UserError(f"--port {port}: cannot be had on {host} ({error.strerror}); choose another") from error
         yield listener
+
+
+def tell(opened: Opened, url: str, reporter: Reporter) -> None:
+    """Say what is served, how much memory it may take, and where."""
+    model, serving = opened.model, opened.serving
+    reporter.step(
+        f"{model.name} ({opened.flavor}): {serving.slots} slots of {model.context} tokens, at most "
+        f"{opened.buffer_bytes / _MIB:.0f} MiB of keys and values; {serving.queue} answers may wait"
+    )
+    reporter.step(f"{url}  chat; {url}/v1  API; {url}/docs  documentation")
 
 
 def log_to(reporter: Reporter) -> None:
