@@ -30,9 +30,11 @@ from .conftest import TESTS, TinyModel
 CONTEXT = 256
 KEY = "a key of the tests"
 TEMPLATE = """\
-{% if tools %}<|im_start|>tools {% for tool in tools %}{{ tool | tojson }} {% endfor %}<tool_call></tool_call><|im_end|>{% endif %}\
+{% if tools %}<|im_start|>tools {% for tool in tools %}{{ tool | tojson }} {% endfor %}\
+<tool_call></tool_call><|im_end|>{% endif %}\
 {% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}\
-{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>{% endfor %}\
+{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\
+<|im_end|>{% endfor %}\
 {% if add_generation_prompt %}<|im_start|>assistant {% endif %}"""
 
 

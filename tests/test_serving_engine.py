@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -420,7 +421,7 @@ def test_calls_are_read_from_text_however_it_is_cut(cuts: list[int]) -> None:
     reader = CallReader()
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     shown, calls = "", []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         piece, found = reader.push(text[start:end])
         shown += piece
         calls += found

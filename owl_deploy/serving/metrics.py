@@ -8,6 +8,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _STEP_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 _ANSWER_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+_COUNTS = {
+    "owl_answers_waiting": "Answers that wait for a slot.",
+    "owl_answers_running": "Answers that have a slot.",
+    "owl_tokens_kept": "Tokens whose keys and values are in the slots.",
+}
 
 
 class Metrics:
@@ -15,34 +20,30 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        on = {"registry": self._registry}
-        self._responses = Counter("owl_http_responses", "Responses by path and status.", ["path", "status"], **on)
-        self._answers = Counter("owl_answers", "Answers by how they ended.", ["finish"], **on)
-        self._computed = Counter("owl_prompt_tokens_computed", "Tokens of prompts that were computed.", **on)
-        self._reused = Counter("owl_prompt_tokens_reused", "Tokens of prompts that were kept from before.", **on)
-        self._generated = Counter("owl_generated_tokens", "Tokens of answers.", **on)
+        on = self._registry
+        self._responses = Counter(
+            "owl_http_responses", "Responses by path and status.", ["path", "status"], registry=on
+        )
+        self._answers = Counter("owl_answers", "Answers by how they ended.", ["finish"], registry=on)
+        self._computed = Counter("owl_prompt_tokens_computed", "Tokens of prompts that were computed.", registry=on)
+        self._reused = Counter("owl_prompt_tokens_reused", "Tokens of prompts that were kept from before.", registry=on)
+        self._generated = Counter("owl_generated_tokens", "Tokens of answers.", registry=on)
         self._first_s = Histogram(
-            "owl_time_to_first_token_seconds", "From a request to its first token.", buckets=_ANSWER_S, **on
+            "owl_time_to_first_token_seconds", "From a request to its first token.", buckets=_ANSWER_S, registry=on
         )
         self._between_s = Histogram(
-            "owl_time_between_tokens_seconds", "From one token of an answer to the next.", buckets=_STEP_S, **on
+            "owl_time_between_tokens_seconds", "From one token of an answer to the next.", buckets=_STEP_S, registry=on
         )
-        self._answer_s = Histogram("owl_answer_seconds", "From a request to its end.", buckets=_ANSWER_S, **on)
-        self._step_s = Histogram("owl_step_seconds", "Steps of the engine.", buckets=_STEP_S, **on)
+        self._answer_s = Histogram("owl_answer_seconds", "From a request to its end.", buckets=_ANSWER_S, registry=on)
+        self._step_s = Histogram("owl_step_seconds", "Steps of the engine.", buckets=_STEP_S, registry=on)
         self._rows = Histogram(
-            "owl_batch_slots", "Slots that a step decodes together.", buckets=(1, 2, 4, 8, 16, 32, 64), **on
+            "owl_batch_slots", "Slots that a step decodes together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=on
         )
 
     def watch(self, counts: Callable[[], tuple[int, int, int]], slots: int, buffer_bytes: int) -> None:
         """Show these as they are when asked: answers that wait, answers that run, and tokens kept."""
-        for place, (name, text) in enumerate(
-            (
-                ("owl_answers_waiting", "Answers that wait for a slot."),
-                ("owl_answers_running", "Answers that have a slot."),
-                ("owl_tokens_kept", "Tokens whose keys and values are in the slots."),
-            )
-        ):
-            Gauge(name, text, registry=self._registry).set_function(lambda place=place: counts()[place])
+        for place, (name, text) in enumerate(_COUNTS.items()):
+            Gauge(name, text, registry=self._registry).set_function(_nth(counts, place))
         Gauge("owl_slots", "Answers that can run at once.", registry=self._registry).set(slots)
         Gauge("owl_kv_buffer_bytes", "Memory of keys and values at most.", registry=self._registry).set(buffer_bytes)
 
@@ -71,3 +72,7 @@ class Metrics:
     def page(self) -> bytes:
         """All of it, as text."""
         return generate_latest(self._registry)
+
+
+def _nth(counts: Callable[[], tuple[int, ...]], place: int) -> Callable[[], float]:
+    return lambda: counts()[place]

@@ -8,8 +8,8 @@ A step computes at most one piece of one prompt, then one token of every running
 others by one piece a token. Prompts take turns, piece by piece, so that a short one need not wait for a long one. Two
 prompts with the same beginning compute it once between them, since each looks for what the other has kept at its turn.
 
-One batch is a range of slots that lie side by side. Slots in it that have nothing to decode are run along: they
-get a token that is written behind what they keep, and counts for nothing. A request therefore gets a free slot next to the
+One batch is a range of slots that lie side by side. Slots in it that have nothing to decode are run along: they get a
+token that is written behind what they keep, and counts for nothing. A request therefore gets a free slot next to the
 running ones, and one at the edge of the range moves inwards when more than half of it would run for nothing.
 """
 
@@ -292,7 +292,9 @@ class Scheduler:
         ]
         if not places:
             return None
-        tokens, lengths, requests = [], [], []
+        tokens: list[int] = []
+        lengths: list[int] = []
+        requests: list[Request | None] = []
         for place in range(places[0], places[-1] + 1):
             slot = self._slots[place]
             lengths.append(len(slot.kept))

@@ -71,7 +71,8 @@ class CallReader:
     def push(self, piece: str) -> tuple[str, list[Call]]:
         """Append text; what can be shown now, and the calls that are complete."""
         self._held += piece
-        shown, calls = "", []
+        shown = ""
+        calls: list[Call] = []
         while True:
             before, begin, after = self._held.partition(BEGIN)
             if not begin:
