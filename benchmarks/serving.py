@@ -5,8 +5,8 @@
 
 One row for each server, load and round, servers in turn within a round. Times are from the client's side of a stream:
 to the first token, and from a token to the next. Goodput counts the requests whose first token came within
-`--ttft-ms` and whose tokens came `--between-ms` apart on average. `--never` gives tokens a bias of -100: those that end an
-answer, so that all answers are equally long. Prompts are different words each, so that nothing is reused; the words
+`--ttft-ms` and whose tokens came `--between-ms` apart on average. `--never` gives tokens a bias of -100: those that end
+an answer, so that all answers are equally long. Prompts are different words each, so that nothing is reused; the words
 come from the same seed for every server.
 """
 

@@ -180,8 +180,8 @@ class _Service:
         prepared = await self.prepared(lambda: self._prepare(body, deadline, tell))
         if self._log_prompts:
             _LOG.info("prompts: %s", [self._model.tokenizer.decode(prompt) for prompt in prepared.prompts])
-        self._submit(prepared)
         assembler = Assembler(self._model, self._names, prepared, chat=isinstance(body, ChatRequest))
+        self._submit(prepared)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return _EventStream(self._stream(prepared, events, assembler, usage), lambda: self._cancel(prepared))

@@ -31,7 +31,6 @@ from owl_deploy.serving.text import AnswerText
 from owl_deploy.serving.tools import call_grammar, knows_tools
 
 _SEEDS = 2**63
-_MOST_ANSWERS = 64  # of one request: prompts times n
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class ServedModel:
         context: tokens of a slot.
         vocabulary: tokens that the model knows.
         stop_tokens: ids that end an answer.
+        most_answers: that can run and wait at once.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ServedModel:
     context: int
     vocabulary: int
     stop_tokens: frozenset[int]
+    most_answers: int
     grammars: Grammars
 
 
@@ -208,8 +209,8 @@ def _prepare(
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream: true", "stream_options")
     count = len(prompts) * body.n
-    if count > _MOST_ANSWERS:
-        raise invalid(f"{count} answers in one request; at most {_MOST_ANSWERS} are made", "n")
+    if count > model.most_answers:
+        raise invalid(f"{count} answers in one request; this server has room for {model.most_answers}", "n")
     bias = _bias(model, body)
     seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed % _SEEDS
     answers = []

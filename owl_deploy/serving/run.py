@@ -101,6 +101,8 @@ def open_bundle(bundle: Path, serving: Serving) -> Opened:
     source = ModelSource(str(folder), folder)
     tokenizer = require_tokenizer(load_tokenizer(source), source, "serve")
     config = read_json(folder / _CONFIG)
+    if not config["search"].get("past_present_share_buffer"):
+        raise UserError(f"{folder}: its attention has no buffer that slots can share; this model cannot be served")
     longest: int = config["model"]["context_length"]
     context = min(_DEFAULT_CONTEXT, longest) if serving.context is None else serving.context
     if context > longest:
@@ -121,6 +123,7 @@ def open_bundle(bundle: Path, serving: Serving) -> Opened:
         context=context,
         vocabulary=manifest.vocabulary,
         stop_tokens=frozenset(stop_tokens),
+        most_answers=serving.slots + serving.queue,
         grammars=Grammars(tokenizer, manifest.vocabulary, stop_tokens),
     )
     scheduler = Scheduler(slots=serving.slots, context=context, piece=serving.piece, waiting=serving.queue)
