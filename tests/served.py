@@ -27,7 +27,7 @@ from owl_deploy.serving.run import Opened, Serving, open_bundle
 
 from .conftest import TESTS, TinyModel
 
-CONTEXT = 256
+CONTEXT = 512
 KEY = "a key of the tests"
 TEMPLATE = """\
 {% if tools %}<|im_start|>tools {% for tool in tools %}{{ tool | tojson }} {% endfor %}\

@@ -259,7 +259,7 @@ def _key() -> dict[str, str]:
         ),
         ({"max_tokens": 10**6}, "max_tokens", f"of the context of {CONTEXT}"),
         (
-            {"messages": [{"role": "user", "content": "x" * 600}]},
+            {"messages": [{"role": "user", "content": "x" * 1200}]},
             "messages",
             "tokens and leaves no room in the context",
         ),
@@ -285,8 +285,9 @@ def test_errors_are_the_exceptions_of_the_client(client: OpenAI, server: Running
         client.chat.completions.create(model="other", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="best_of is not supported"):
         client.completions.create(model="tiny", prompt="a", best_of=2)
-    with pytest.raises(openai.BadRequestError, match="context_length_exceeded"):
+    with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="tiny", prompt="x" * 1000)
+    assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
         server.client(api_key="another").models.list()
     with pytest.raises(openai.NotFoundError):

@@ -68,7 +68,7 @@ def test_an_error_is_shown_and_the_message_kept(server: Running, browser: Browse
         page.goto(f"{server.url}/")
         page.get_by_label("Message").fill("x" * 2000)
         page.get_by_role("button", name="Send").click()
-        expect(page.locator("article.failed")).to_contain_text("leaves no room in the context of 256")
+        expect(page.locator("article.failed")).to_contain_text("leaves no room in the context of 512")
         expect(page.get_by_label("Message")).to_have_value("x" * 2000)
 
 
