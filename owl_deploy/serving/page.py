@@ -23,7 +23,7 @@ def _hashes(page: str, element: str) -> str:
 
 
 CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; connect-src 'self'; script-src {_hashes(CHAT_PAGE, 'script')}; "
+    f"default-src 'none'; connect-src 'self'; img-src data:; script-src {_hashes(CHAT_PAGE, 'script')}; "
     f"style-src {_hashes(CHAT_PAGE, 'style')} {_hashes(_DOCS, 'style')}; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
