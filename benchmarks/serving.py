@@ -1,9 +1,9 @@
 """Load on a server with the API of OpenAI: closed loops of clients, Poisson arrivals, a long prompt, a second turn.
 
     python benchmarks/serving.py OUT.csv NAME=URL... [--clients 1,4,16] [--rates 1,4] [--requests 48] [--words 90]
-        [--new-tokens 64] [--ttft-ms 1000] [--between-ms 100] [--never 0,2] [--intrusion 1300] [--rounds 1]
+        [--new-tokens 64] [--ttft-ms 1000] [--between-ms 100] [--never 0,2] [--intrusion 1300 --running 16] [--rounds 1]
 
-One row for each server, load and round, servers in turn within a round. Times are from the client's side of a stream:
+One row for each load, servers in turn within a round. Times are from the client's side of a stream:
 to the first token, and from a token to the next. Goodput counts the requests whose first token came within
 `--ttft-ms` and whose tokens came `--between-ms` apart on average. `--never` gives tokens a bias of -100: those that end
 an answer, so that all answers are equally long. Prompts are different words each, so that nothing is reused; the words
@@ -18,6 +18,7 @@ import csv
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,22 +186,22 @@ def summary(answers: list[Answer], arguments: argparse.Namespace) -> dict[str, f
     }
 
 
-async def measure(name: str, url: str, arguments: argparse.Namespace, round_: int) -> list[dict[str, Any]]:
-    """All loads on one server."""
+async def measure(
+    name: str, url: str, arguments: argparse.Namespace, record: Callable[[dict[str, Any]], object]
+) -> None:
+    """All loads on one server; `record` is called with the row of each."""
     async with httpx.AsyncClient(timeout=60) as client:
         model = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
     load = Load(url, model, arguments)
     await load.complete(load.prompt(5), 4)
-    rows: list[dict[str, Any]] = []
-    head = {"server": name, "round": round_}
     for clients in map(int, filter(None, arguments.clients.split(","))):
-        rows.append(head | {"load": f"{clients} clients"} | summary(await load.closed(clients), arguments))
+        record({"server": name, "load": f"{clients} clients"} | summary(await load.closed(clients), arguments))
     for rate in map(float, filter(None, arguments.rates.split(","))):
-        rows.append(head | {"load": f"{rate:g} a second"} | summary(await load.poisson(rate), arguments))
+        record({"server": name, "load": f"{rate:g} a second"} | summary(await load.poisson(rate), arguments))
     if arguments.intrusion:
-        rows.append(head | {"load": "long prompt"} | await load.intrusion(4, arguments.intrusion))
-        rows.append(head | {"load": "second turn"} | await load.second_turn(arguments.intrusion // 2))
-    return rows
+        intruded = await load.intrusion(arguments.running, arguments.intrusion)
+        record({"server": name, "load": f"a long prompt, {arguments.running} running"} | intruded)
+        record({"server": name, "load": "a second turn"} | await load.second_turn(arguments.intrusion // 2))
 
 
 def main() -> None:
@@ -216,16 +217,20 @@ def main() -> None:
     parser.add_argument("--between-ms", type=float, default=100)
     parser.add_argument("--never", default="0,2")
     parser.add_argument("--intrusion", type=int, default=0, help="words of a long prompt")
+    parser.add_argument("--running", type=int, default=16, help="answers that run when it arrives")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    rows = []
-    for round_ in range(arguments.rounds):
-        for server in arguments.servers:
-            name, _, url = server.partition("=")
-            rows += asyncio.run(measure(name, url.rstrip("/"), arguments, round_))
-            write(arguments.output, rows)
+    rows: list[dict[str, Any]] = []
+
+    def record(line: dict[str, Any]) -> None:
+        rows.append(line)
+        write(arguments.output, rows)
+
+    for server in [*arguments.servers] * arguments.rounds:
+        name, _, url = server.partition("=")
+        asyncio.run(measure(name, url.rstrip("/"), arguments, record))
     machine = describe_machine(available_cores())
     columns = list(dict.fromkeys(name for line in rows for name in line))
     table = Table(*columns, title=machine.cpu)
