@@ -1,7 +1,7 @@
 """Load on a server with the API of OpenAI: closed loops of clients, Poisson arrivals, a long prompt, a second turn.
 
     python benchmarks/serving.py OUT.csv NAME=URL... [--clients 1,4,16] [--rates 1,4] [--requests 48] [--words 90]
-        [--new-tokens 64] [--ttft-ms 1000] [--between-ms 100] [--never 0,2] [--intrusion 1300 --running 16] [--rounds 1]
+        [--new-tokens 64] [--ttft-ms 1000] [--between-ms 100] [--never 0,2] [--intrusion 1300 --running 12] [--rounds 1]
 
 One row for each load, servers in turn within a round. Times are from the client's side of a stream:
 to the first token, and from a token to the next. Goodput counts the requests whose first token came within
@@ -101,6 +101,7 @@ class Load:
             answer.failed = repr(error)
         if not answer.failed and not answer.tokens:
             answer.failed = "no token"
+        answer.generated = answer.generated or len(answer.tokens)  # a server may tell no usage in a stream
         return answer
 
     async def closed(self, clients: int) -> list[Answer]:
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--between-ms", type=float, default=100)
     parser.add_argument("--never", default="0,2")
     parser.add_argument("--intrusion", type=int, default=0, help="words of a long prompt")
-    parser.add_argument("--running", type=int, default=16, help="answers that run when it arrives")
+    parser.add_argument("--running", type=int, default=12, help="answers that run when it arrives")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -204,7 +204,7 @@ def serve(
     slots: int = 8,
     context: int | None = None,
     queue: int = 64,
-    piece: int = 32,
+    piece: int = 16,
     timeout_s: float | None = 600,
     api_key: str | None = None,
     log_prompts: bool = False,

@@ -195,6 +195,18 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert not long.is_over
 
 
+def test_a_long_prompt_is_computed_though_short_ones_keep_coming() -> None:
+    scheduler, paper = scheduled(slots=2)
+    long = Request([3] * 20)
+    wanted = {long: 1}
+    scheduler.submit([long])
+    for number in range(40):
+        wanted[short := Request([number + 4])] = 1
+        scheduler.submit([short])
+        run(scheduler, paper, wanted)
+    assert long.is_over
+
+
 def test_those_who_wait_get_slots_in_the_order_they_came() -> None:
     scheduler, paper = scheduled(slots=1, waiting=3)
     requests = [Request([number]) for number in range(1, 5)]

@@ -39,7 +39,7 @@ def serve(
     piece: Annotated[
         int,
         typer.Option(min=1, help="Tokens of a prompt that are computed between two tokens of the running answers."),
-    ] = 32,
+    ] = 16,
     timeout: Annotated[
         float, typer.Option(min=0, help="Seconds from a request to the end of its answer; 0 for no limit.")
     ] = 600,

@@ -68,7 +68,7 @@ class Serving:
     slots: int = 8
     context: int | None = None
     queue: int = 64
-    piece: int = 32
+    piece: int = 16
     threads: int = 1
 
 

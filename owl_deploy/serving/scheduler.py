@@ -5,8 +5,9 @@ ended, so that a later prompt which begins with them need not compute them again
 keeps most of them, busy or not, or used in place.
 
 A step computes at most one piece of one prompt, then one token of every running request. So a long prompt delays the
-others by one piece a token. Prompts take turns, piece by piece, so that a short one need not wait for a long one. Two
-prompts with the same beginning compute it once between them, since each looks for what the other has kept at its turn.
+others by one piece a token. The prompt with the least left to compute comes first: no other order gives first tokens
+sooner on average. Every fourth piece is of the oldest prompt, so that a long one is computed too. Prompts with the same
+beginning compute it once between them, since each looks at its turn for what the others have kept.
 
 One batch is a range of slots that lie side by side. Slots in it that have nothing to decode are run along: they get a
 token that is written behind what they keep, and counts for nothing. A request therefore gets a free slot next to the
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 IDLE_TOKEN = 0
+_OLDEST_EVERY = 4  # pieces: one of so many is of the prompt that came first
 
 
 class QueueFull(Exception):
@@ -131,7 +133,8 @@ class Scheduler:
         self._piece = piece
         self._most_waiting = waiting
         self._waiting: deque[Request] = deque()
-        self._turns: deque[Request] = deque()  # whose prompts are not computed yet
+        self._prompts: list[Request] = []  # that are not computed yet, in the order they came
+        self._pieces = 0
         self._steps = 0
 
     @property
@@ -174,8 +177,8 @@ class Scheduler:
             return
         self._slots[request.slot].request = None
         request.slot = None
-        if request in self._turns:
-            self._turns.remove(request)
+        if request in self._prompts:
+            self._prompts.remove(request)
 
     finish = cancel
 
@@ -212,7 +215,7 @@ class Scheduler:
             request = self._waiting.popleft()
             request.slot = self._choose_slot(request.tokens)
             self._slots[request.slot].request = request
-            self._turns.append(request)
+            self._prompts.append(request)
 
     def _choose_slot(self, prompt: list[int]) -> int:
         """The free slot that makes the batch widest least; of these, which keeps most of the prompt; the oldest."""
@@ -249,17 +252,20 @@ class Scheduler:
 
     def _next_piece(self, copies: list[Copy]) -> Piece | None:
         """The next piece of the prompt whose turn it is, after what any slot keeps of it."""
-        if not self._turns:
+        if not self._prompts:
             return None
-        request = self._turns.popleft()
+        self._pieces += 1
+        request = self._prompts[0]
+        if self._pieces % _OLDEST_EVERY:
+            request = min(self._prompts, key=lambda prompt: prompt.prompt_length - prompt.computed)
         assert request.slot is not None
         slot = self._slots[request.slot]
         start = self._reuse(request, copies)
         request.reused += start - request.computed
         end = min((start // self._piece + 1) * self._piece, request.prompt_length)
         is_last = end == request.prompt_length
-        if not is_last:
-            self._turns.append(request)
+        if is_last:
+            self._prompts.remove(request)
         request.computed = end
         tokens = request.tokens[start:end]
         slot.kept.extend(tokens)
@@ -284,7 +290,7 @@ class Scheduler:
 
     def _next_batch(self, piece: Piece | None) -> Batch | None:
         """A token for every request whose prompt has been computed before this step."""
-        prefilling = {id(request) for request in self._turns} | ({id(piece.request)} if piece else set())
+        prefilling = {id(request) for request in self._prompts} | ({id(piece.request)} if piece else set())
         places = [
             place
             for place, slot in enumerate(self._slots)
