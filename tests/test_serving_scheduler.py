@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owl_deploy.serving.scheduler import Batch, Piece, QueueFull, Request, Scheduler, Step, common_length
+from owl_deploy.serving.scheduler import Batch, Copy, Piece, QueueFull, Request, Scheduler, Step, common_length
 
 CONTEXT = 24
 PIECE = 4
@@ -42,10 +42,11 @@ class Paper:
     def compute(self, step: Step) -> dict[Request, int]:
         """What the requests get that have logits after this step."""
         got: dict[Request, int] = {}
-        for copy in step.copies:
-            self.rows[copy.target][: copy.tokens] = self.rows[copy.source][: copy.tokens]
-        if step.piece is not None:
-            self._prefill(step.piece, got)
+        for part in step.prompts:
+            if isinstance(part, Copy):
+                self.rows[part.target][: part.tokens] = self.rows[part.source][: part.tokens]
+            else:
+                self._prefill(part, got)
         if step.batch is not None:
             self._decode(step.batch, got)
         return got
@@ -70,9 +71,9 @@ class Paper:
                 got[request] = next_token(self.rows[slot][: length + 1])
 
 
-def run(scheduler: Scheduler, paper: Paper, wanted: dict[Request, int], now: float = 0) -> Step:
+def run(scheduler: Scheduler, paper: Paper, wanted: dict[Request, int], now: float = 0, pieces: int = 1) -> Step:
     """One step; requests that have `wanted` new tokens are finished, as the engine does."""
-    step = scheduler.step(now)
+    step = scheduler.step(now, pieces)
     for request, token in paper.compute(step).items():
         scheduler.append(request, token)
         if len(request.tokens) - request.prompt_length >= wanted[request]:
@@ -103,9 +104,9 @@ events = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(slots=st.integers(1, 6), waiting=st.integers(0, 5), events=events)
+@given(slots=st.integers(1, 6), waiting=st.integers(0, 5), pieces=st.integers(1, 3), events=events)
 def test_whatever_happens_every_answer_is_the_one_it_would_be_alone_and_no_slot_leaks(
-    slots: int, waiting: int, events: list[tuple[str, list[int] | int, int]]
+    slots: int, waiting: int, pieces: int, events: list[tuple[str, list[int] | int, int]]
 ) -> None:
     scheduler = Scheduler(slots=slots, context=CONTEXT, piece=PIECE, waiting=waiting)
     paper = Paper(slots)
@@ -125,7 +126,7 @@ def test_whatever_happens_every_answer_is_the_one_it_would_be_alone_and_no_slot_
             assert room > 0
             wanted[request] = number
         elif kind == "step":
-            gone.update(run(scheduler, paper, wanted, now).expired)
+            gone.update(run(scheduler, paper, wanted, now, pieces).expired)
         elif kind == "failure":
             scheduler.forget(what % slots)
             paper.rows[what % slots] = [UNKNOWN] * CONTEXT
@@ -136,7 +137,7 @@ def test_whatever_happens_every_answer_is_the_one_it_would_be_alone_and_no_slot_
             request = list(wanted)[what % len(wanted)]
             if not request.is_over:
                 gone.add(request)
-            step = scheduler.step(now) if kind == "cancel within a step" else None
+            step = scheduler.step(now, pieces) if kind == "cancel within a step" else None
             scheduler.cancel(request)
             if step is not None:
                 gone.update(step.expired)
@@ -180,7 +181,7 @@ def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_compu
     for pieces in range(1, 5):
         before = len(running.tokens)
         step = run(scheduler, paper, wanted)
-        assert step.piece is not None and step.piece.is_last == (pieces == 4)
+        assert [piece.is_last for piece in step.pieces] == [pieces == 4]
         assert len(running.tokens) == before + 1
 
 
@@ -241,7 +242,7 @@ def test_a_common_beginning_is_computed_once_also_by_requests_that_come_together
     computed = 0
     while not all(request.is_over for request in requests):
         step = run(scheduler, paper, wanted)
-        computed += len(step.piece.tokens) if step.piece else 0
+        computed += sum(len(piece.tokens) for piece in step.pieces)
     assert computed == 8 + 3 * 3  # two whole pieces once, and what follows them for each
     assert [request.tokens for request in requests] == [answer([*prompt, last], 3) for last in (11, 12, 13)]
 
@@ -256,8 +257,7 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new() -> None:
     wanted[second] = 1
     scheduler.submit([second])
     step = run(scheduler, paper, wanted)
-    assert step.piece is not None
-    assert step.piece.start == second.reused == 8  # whole pieces, of the prompt and of the answer
+    assert step.pieces[0].start == second.reused == 8  # whole pieces, of the prompt and of the answer
 
 
 def test_where_pieces_begin_does_not_depend_on_what_was_there_before() -> None:
@@ -267,8 +267,8 @@ def test_where_pieces_begin_does_not_depend_on_what_was_there_before() -> None:
     scheduler.submit([before])
     drain(scheduler, paper, wanted)
     scheduler.submit([after])
-    pieces = [run(scheduler, paper, wanted).piece for _ in range(2)]
-    assert [(piece.start, piece.tokens) for piece in pieces if piece] == [(4, [5, 6, 7, 8]), (8, [9])]
+    pieces = [piece for _ in range(2) for piece in run(scheduler, paper, wanted).pieces]
+    assert [(piece.start, piece.tokens) for piece in pieces] == [(4, [5, 6, 7, 8]), (8, [9])]
 
 
 def test_no_more_than_half_of_a_batch_runs_along() -> None:

@@ -16,7 +16,7 @@ from owl_deploy.errors import first_line
 from owl_deploy.serving.constraints import Constraint
 from owl_deploy.serving.metrics import Metrics
 from owl_deploy.serving.sampling import Sampler, TokenLogprob, logprobs
-from owl_deploy.serving.scheduler import Batch, Piece, Request, Scheduler, Step
+from owl_deploy.serving.scheduler import Batch, Copy, Piece, Request, Scheduler, Step
 from owl_deploy.serving.text import AnswerText
 
 Finish = Literal["stop", "length", "deadline", "error", "shutdown", "cancelled"]
@@ -101,6 +101,33 @@ class Answer(Request):
         return token, Event(text + self.text.rest() if finish else text, chosen, finish)
 
 
+class _Pace:
+    """How many pieces of prompts go into a step: as many as take twice as long as its tokens, and at least one.
+
+    So the time between two tokens of an answer stays within three times what it is without prompts, as far as one piece
+    allows, and prompts get two thirds of the time while there are any.
+    """
+
+    _MOST = 16
+    _WEIGHT = 0.2  # of what was measured last
+
+    def __init__(self) -> None:
+        self._piece_s = 0.0
+        self._decode_s = 0.0
+
+    @property
+    def pieces(self) -> int:
+        if not self._piece_s:
+            return 1
+        return min(max(round(2 * self._decode_s / self._piece_s), 1), self._MOST)
+
+    def observe(self, pieces: int, prompts_s: float, decode_s: float) -> None:
+        """A step has computed these pieces and a batch, in so many seconds."""
+        self._decode_s += self._WEIGHT * (decode_s - self._decode_s)
+        if pieces:
+            self._piece_s += self._WEIGHT * (prompts_s / pieces - self._piece_s)
+
+
 class Closed(Exception):
     """The engine takes no more requests."""
 
@@ -114,6 +141,7 @@ class Engine:
         self._metrics = metrics
         self._changed = threading.Condition()
         self._answers: set[Answer] = set()  # that are not over
+        self._pace = _Pace()
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
         self._is_closed = False
         self._must_stop = False
@@ -211,7 +239,7 @@ class Engine:
     def _next_step(self) -> Step | None:
         with self._changed:
             while not self._must_stop:
-                step = self._scheduler.step(time.monotonic())
+                step = self._scheduler.step(time.monotonic(), self._pace.pieces)
                 if not step.is_empty or step.expired:
                     return step
                 self._changed.wait()
@@ -219,12 +247,15 @@ class Engine:
 
     def _compute(self, step: Step) -> None:
         start = time.perf_counter()
-        for copy in step.copies:
-            self._model.copy(copy.source, copy.target, copy.tokens)
-        if step.piece is not None:
-            self._prefill(step.piece)
+        for part in step.prompts:
+            if isinstance(part, Copy):
+                self._model.copy(part.source, part.target, part.tokens)
+            else:
+                self._prefill(part)
+        middle = time.perf_counter()
         if step.batch is not None:
             self._decode(step.batch)
+            self._pace.observe(len(step.pieces), middle - start, time.perf_counter() - middle)
         rows = 0 if step.batch is None else len(step.batch.tokens)
         self._metrics.observe_step(time.perf_counter() - start, rows)
 

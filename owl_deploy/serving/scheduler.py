@@ -4,8 +4,8 @@ A slot is one row of the KV buffer. The tokens whose keys and values lie in it a
 ended, so that a later prompt which begins with them need not compute them again: they are copied from the slot that
 keeps most of them, busy or not, or used in place.
 
-A step computes at most one piece of one prompt, then one token of every running request. So a long prompt delays the
-others by one piece a token. The prompt with the least left to compute comes first: no other order gives first tokens
+A step computes a few pieces of prompts, then one token of every running request. So a long prompt delays the others by
+a few pieces a token. The prompt with the least left to compute comes first: no other order gives first tokens
 sooner on average. Every fourth piece is of the oldest prompt, so that a long one is computed too. Prompts with the same
 beginning compute it once between them, since each looks at its turn for what the others have kept.
 
@@ -95,17 +95,22 @@ class Step:
 
     Attributes:
         expired: requests whose deadline is past; they are over, and nothing is computed for them.
+        prompts: pieces, and copies that they build on.
     """
 
     expired: list[Request]
-    copies: list[Copy]
-    piece: Piece | None
+    prompts: list[Copy | Piece]
     batch: Batch | None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces alone."""
+        return [part for part in self.prompts if isinstance(part, Piece)]
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return self.piece is None and self.batch is None
+        return not self.pieces and self.batch is None
 
 
 @dataclass
@@ -123,7 +128,7 @@ class Scheduler:
     Args:
         slots: how many requests run at once.
         context: tokens that fit into a slot.
-        piece: tokens of a prompt that one step computes at most. Pieces end at multiples of it, whatever else runs.
+        piece: tokens of a prompt that are computed together. Pieces end at multiples of it, whatever else runs.
         waiting: requests that may wait at most.
     """
 
@@ -191,14 +196,16 @@ class Scheduler:
         """What a slot keeps from `start` on is not to be used: it was not computed."""
         del self._slots[slot].kept[start:]
 
-    def step(self, now: float) -> Step:
-        """Decide what to compute, and take it as computed."""
+    def step(self, now: float, pieces: int = 1) -> Step:
+        """Decide what to compute, with at most so many pieces, and take it as computed."""
         self._steps += 1
         expired = self._expire(now)
         self._admit()
-        copies = self._close_gaps()
-        piece = self._next_piece(copies)
-        return Step(expired, copies, piece, self._next_batch(piece))
+        prompts: list[Copy | Piece] = [*self._close_gaps()]
+        prefilling = {id(request) for request in self._prompts}
+        for _ in range(pieces):
+            prompts += self._next_piece()
+        return Step(expired, prompts, self._next_batch(prefilling))
 
     # -------------------- who runs where
 
@@ -250,17 +257,18 @@ class Scheduler:
 
     # -------------------- what is computed
 
-    def _next_piece(self, copies: list[Copy]) -> Piece | None:
-        """The next piece of the prompt whose turn it is, after what any slot keeps of it."""
+    def _next_piece(self) -> list[Copy | Piece]:
+        """The next piece of the prompt whose turn it is, after a copy of what any slot keeps of it."""
         if not self._prompts:
-            return None
+            return []
         self._pieces += 1
         request = self._prompts[0]
         if self._pieces % _OLDEST_EVERY:
             request = min(self._prompts, key=lambda prompt: prompt.prompt_length - prompt.computed)
         assert request.slot is not None
         slot = self._slots[request.slot]
-        start = self._reuse(request, copies)
+        copies = self._reuse(request)
+        start = len(slot.kept)
         request.reused += start - request.computed
         end = min((start // self._piece + 1) * self._piece, request.prompt_length)
         is_last = end == request.prompt_length
@@ -270,10 +278,10 @@ class Scheduler:
         tokens = request.tokens[start:end]
         slot.kept.extend(tokens)
         slot.used_at = self._steps
-        return Piece(request, request.slot, start, tokens, is_last)
+        return [*copies, Piece(request, request.slot, start, tokens, is_last)]
 
-    def _reuse(self, request: Request, copies: list[Copy]) -> int:
-        """Let the request's slot keep as many whole pieces of its prompt as any does; how many tokens that is.
+    def _reuse(self, request: Request) -> list[Copy]:
+        """Let the request's slot keep as many whole pieces of its prompt as any does, and no other tokens.
 
         Where pieces begin then does not depend on what was there before, and neither do their last bits. The last token
         of a prompt is always computed, for its logits.
@@ -283,14 +291,12 @@ class Scheduler:
         prompt = request.tokens[: request.prompt_length - 1]
         there = [common_length(slot.kept, prompt) // self._piece * self._piece for slot in self._slots]
         most = max(there)
-        if there[request.slot] < most:
-            copies.append(Copy(there.index(most), request.slot, most))
+        copies = [Copy(there.index(most), request.slot, most)] if there[request.slot] < most else []
         own.kept[:] = prompt[:most]
-        return most
+        return copies
 
-    def _next_batch(self, piece: Piece | None) -> Batch | None:
-        """A token for every request whose prompt has been computed before this step."""
-        prefilling = {id(request) for request in self._prompts} | ({id(piece.request)} if piece else set())
+    def _next_batch(self, prefilling: set[int]) -> Batch | None:
+        """A token for every request but these, whose prompts are not computed before this step."""
         places = [
             place
             for place, slot in enumerate(self._slots)
