@@ -45,7 +45,7 @@ class Metrics:
         for place, (name, text) in enumerate(_COUNTS.items()):
             Gauge(name, text, registry=self._registry).set_function(_nth(counts, place))
         Gauge("owl_slots", "Answers that can run at once.", registry=self._registry).set(slots)
-        Gauge("owl_kv_buffer_bytes", "Memory of keys and values at most.", registry=self._registry).set(buffer_bytes)
+        Gauge("owl_kv_buffer_bytes", "Memory of keys and values.", registry=self._registry).set(buffer_bytes)
 
     def observe_response(self, path: str, status: int) -> None:
         """A response has begun."""

@@ -296,7 +296,7 @@ def tell(opened: Opened, url: str, reporter: Reporter) -> None:
     """Say what is served, how much memory it may take, and where."""
     model, serving = opened.model, opened.serving
     reporter.step(
-        f"{model.name} ({opened.flavor}): {serving.slots} slots of {model.context} tokens, at most "
+        f"{model.name} ({opened.flavor}): {serving.slots} slots of {model.context} tokens, "
         f"{opened.buffer_bytes / _MIB:.0f} MiB of keys and values; {serving.queue} answers may wait"
     )
     reporter.step(f"{url}  chat; {url}/v1  API; {url}/docs  documentation")

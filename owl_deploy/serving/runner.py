@@ -60,18 +60,19 @@ class SlotRunner:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the whole buffer. A page of it takes memory once something was written to it."""
+        """Bytes of the whole buffer."""
         return self.token_bytes * self._slots * self._context
 
     def allocate(self) -> None:
-        """Make the buffer.
+        """Make the buffer, all of which is memory from then on.
 
-        Raises:
-            MemoryError: there is no such address space.
+        Pages that are touched for the first time while a request waits would delay it by tenths of a second.
         """
         for name in self._caches:
             _, heads, _, size = self._shapes[name]
-            self._buffers[name] = np.zeros((self._slots, heads, self._context, size), np.float32)
+            buffer = np.empty((self._slots, heads, self._context, size), np.float32)
+            buffer.fill(0)
+            self._buffers[name] = buffer
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first `tokens` of a slot also go into another."""
