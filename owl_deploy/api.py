@@ -220,7 +220,7 @@ def serve(
         slots: answers that are made at once.
         context: tokens of each, prompt and answer; None for 2048, or the model's if it has fewer.
         queue: answers that may wait.
-        piece: tokens of a prompt that are computed between two tokens of the running answers.
+        piece: tokens of a prompt that are computed together, between the tokens of the running answers.
         timeout_s: from a request to the end of its answer; None for no limit.
         api_key: what requests have to bring; None to ask for none.
         threads: None for all cores.

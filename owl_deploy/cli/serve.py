@@ -38,7 +38,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused with 429.")] = 64,
     piece: Annotated[
         int,
-        typer.Option(min=1, help="Tokens of a prompt that are computed between two tokens of the running answers."),
+        typer.Option(
+            min=1, help="Tokens of a prompt that are computed together, between the tokens of running answers."
+        ),
     ] = 16,
     timeout: Annotated[
         float, typer.Option(min=0, help="Seconds from a request to the end of its answer; 0 for no limit.")

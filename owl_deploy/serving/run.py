@@ -59,7 +59,7 @@ class Serving:
         slots: answers that are made at once.
         context: tokens of each, prompt and answer; None for 2048, or what the model was made for if that is less.
         queue: answers that may wait for a slot.
-        piece: tokens of a prompt that are computed between two tokens of the running answers.
+        piece: tokens of a prompt that are computed together, between the tokens of the running answers.
         threads: of the engine.
     """
 
@@ -77,7 +77,7 @@ class Opened:
     """A bundle that can be served.
 
     Attributes:
-        buffer_bytes: of all keys and values at most.
+        buffer_bytes: of all keys and values.
     """
 
     engine: Engine
