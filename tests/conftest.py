@@ -140,6 +140,14 @@ def tiny_with_tokenizer(
     return directory
 
 
+@pytest.fixture(scope="session")
+def served_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
+    """A bundle that `serve` can answer with, sparse and dense; its model writes rubbish."""
+    from .served import export_tiny
+
+    return export_tiny(tiny_model, tmp_path_factory.mktemp("served"), ["genai", "sparse-int8"])
+
+
 def linears_in(directory: Path) -> dict[str, torch.Tensor]:
     """The weights of the blocks' linears of a checkpoint, by full name."""
     linears = linears_of(find_blocks(load_model(ModelSource("it", directory))))

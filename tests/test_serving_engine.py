@@ -28,18 +28,12 @@ from owl_deploy.serving.sampling import Sampler, Sampling, logprobs
 from owl_deploy.serving.text import AnswerText, TokenNames
 from owl_deploy.serving.tools import CallReader, call_grammar
 
-from .conftest import TinyModel
-from .served import CONTEXT, bytes_tokenizer, export_tiny
+from .served import CONTEXT, bytes_tokenizer
 
 FLAVORS: list[Flavor] = ["genai", "sparse-int8"]
 NEW = 12
 TOKENIZER = bytes_tokenizer()
 logits_arrays = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(lambda x: np.array(x, np.float32))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
-    return export_tiny(tiny_model, tmp_path_factory.mktemp("serving"), FLAVORS)
 
 
 # -------------------- the runner
@@ -63,11 +57,11 @@ def prefill(runner: SlotRunner, slot: int, prompt: list[int], piece: int) -> NDA
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_slots_of_different_lengths_decode_in_one_batch_what_the_engine_of_bench_decodes_alone(
-    tiny: Path, flavor: Flavor
+    served_tiny: Path, flavor: Flavor
 ) -> None:
     random = np.random.default_rng(0)
     prompts = [random.integers(2, 300, length).tolist() for length in (3, 70, 1, 33)]
-    runner = slot_runner(tiny, flavor)
+    runner = slot_runner(served_tiny, flavor)
     found = [[int(prefill(runner, slot, prompt, 32).argmax())] for slot, prompt in enumerate(prompts)]
     for _ in range(NEW - 1):
         lengths = [len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, found, strict=True)]
@@ -75,7 +69,7 @@ def test_slots_of_different_lengths_decode_in_one_batch_what_the_engine_of_bench
         for tokens, row in zip(found, logits, strict=True):
             tokens.append(int(row.argmax()))
     engine_class = SparseEngine if flavor.startswith("sparse") else OnnxRuntimeEngine
-    engine = engine_class(tiny / flavor / "model.onnx", threads=1, context=CONTEXT)
+    engine = engine_class(served_tiny / flavor / "model.onnx", threads=1, context=CONTEXT)
     for prompt, tokens in zip(prompts, found, strict=True):
         expected = [int(engine.prefill(np.array([prompt], np.int64))[0].argmax())]
         while len(expected) < NEW:
@@ -85,10 +79,10 @@ def test_slots_of_different_lengths_decode_in_one_batch_what_the_engine_of_bench
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_a_slot_that_is_run_along_keeps_what_it_has_and_changes_nothing_for_the_others(
-    tiny: Path, flavor: Flavor
+    served_tiny: Path, flavor: Flavor
 ) -> None:
     prompt = list(range(2, 42))
-    runner = slot_runner(tiny, flavor)
+    runner = slot_runner(served_tiny, flavor)
     for slot in range(3):
         prefill(runner, slot, prompt, 32)
     alone = runner.decode(1, [7], [40])[0].copy()
@@ -98,9 +92,9 @@ def test_a_slot_that_is_run_along_keeps_what_it_has_and_changes_nothing_for_the_
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_a_copied_beginning_is_as_good_as_a_computed_one(tiny: Path, flavor: Flavor) -> None:
+def test_a_copied_beginning_is_as_good_as_a_computed_one(served_tiny: Path, flavor: Flavor) -> None:
     prompt = list(range(2, 72))
-    runner = slot_runner(tiny, flavor)
+    runner = slot_runner(served_tiny, flavor)
     computed = prefill(runner, 0, prompt, 32)
     runner.copy(0, 3, 64)
     copied = runner.prefill(3, 64, prompt[64:], want_logits=True)
@@ -108,8 +102,8 @@ def test_a_copied_beginning_is_as_good_as_a_computed_one(tiny: Path, flavor: Fla
     assert np.array_equal(copied, computed)
 
 
-def test_the_buffer_is_as_large_as_it_says(tiny: Path) -> None:
-    runner = slot_runner(tiny, "genai", slots=4)
+def test_the_buffer_is_as_large_as_it_says(served_tiny: Path) -> None:
+    runner = slot_runner(served_tiny, "genai", slots=4)
     assert runner.token_bytes == 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes
     assert runner.buffer_bytes == runner.token_bytes * 4 * CONTEXT
 
@@ -154,8 +148,8 @@ def open_tiny(bundle: Path, flavor: Flavor, **serving: int) -> Opened:
 
 
 @pytest.fixture(params=FLAVORS)
-def engine_of(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Opened]:
-    opened = open_tiny(tiny, request.param, slots=5)
+def engine_of(request: pytest.FixtureRequest, served_tiny: Path) -> Iterator[Opened]:
+    opened = open_tiny(served_tiny, request.param, slots=5)
     opened.engine.start()
     yield opened
     opened.engine.stop()
@@ -201,8 +195,8 @@ def test_a_request_that_fails_takes_no_other_with_it(engine_of: Opened) -> None:
     assert len(good.events) == NEW
 
 
-def test_when_a_batch_fails_only_those_fail_that_do_so_alone(tiny: Path) -> None:
-    opened = open_tiny(tiny, "genai", slots=3)
+def test_when_a_batch_fails_only_those_fail_that_do_so_alone(served_tiny: Path) -> None:
+    opened = open_tiny(served_tiny, "genai", slots=3)
     engine, model = opened.engine, opened.engine._model
     decode = model.decode
 
@@ -235,8 +229,8 @@ def test_what_is_cancelled_frees_its_slot_and_tells_nothing(engine_of: Opened) -
     assert all(event.finish is None for one in heard for event in one.events)
 
 
-def test_those_who_wait_are_told_when_the_engine_stops(tiny: Path) -> None:
-    opened = open_tiny(tiny, "genai", slots=1)
+def test_those_who_wait_are_told_when_the_engine_stops(served_tiny: Path) -> None:
+    opened = open_tiny(served_tiny, "genai", slots=1)
     heard = [Heard(), Heard()]
     opened.engine.start()
     opened.engine.submit([answer([2], one, new=CONTEXT - 1) for one in heard])
@@ -254,9 +248,9 @@ def test_those_who_wait_are_told_when_the_engine_stops(tiny: Path) -> None:
         (Serving(slots=10**9), "keys and values take"),
     ],
 )
-def test_what_cannot_be_served_is_refused(tiny: Path, serving: Serving, message: str) -> None:
+def test_what_cannot_be_served_is_refused(served_tiny: Path, serving: Serving, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_bundle(tiny, serving)
+        open_bundle(served_tiny, serving)
 
 
 # -------------------- sampling

@@ -13,16 +13,14 @@ from playwright.sync_api import Browser, expect
 from owl_deploy.serving.run import Serving
 
 from .chromium import in_browser, launched, visited
-from .conftest import TinyModel
-from .served import KEY, Running, export_tiny, running
+from .served import KEY, Running, running
 
 pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Iterator[Running]:
-    bundle = export_tiny(tiny_model, tmp_path_factory.mktemp("page"), ["genai"])
-    with running(bundle, Serving(slots=2)) as found:
+def server(served_tiny: Path) -> Iterator[Running]:
+    with running(served_tiny, Serving(slots=2)) as found:
         yield found
 
 
@@ -72,9 +70,8 @@ def test_an_error_is_shown_and_the_message_kept(server: Running, browser: Browse
         expect(page.get_by_label("Message")).to_have_value("x" * 2000)
 
 
-def test_a_key_is_asked_for_where_one_is_needed(tmp_path: Path, tiny_model: TinyModel, browser: Browser) -> None:
-    bundle = export_tiny(tiny_model, tmp_path, ["genai"])
-    with running(bundle, Serving(slots=1), api_key=KEY) as served, browser.new_page() as page:
+def test_a_key_is_asked_for_where_one_is_needed(served_tiny: Path, browser: Browser) -> None:
+    with running(served_tiny, Serving(slots=1), api_key=KEY) as served, browser.new_page() as page:
         page.goto(f"{served.url}/")
         expect(page.get_by_role("status")).to_contain_text("API key is missing or wrong")
         page.get_by_label("API key").fill(KEY)
