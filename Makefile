@@ -47,6 +47,8 @@ STUDY_methods = $(STUDY_EVALUATION) --sparsities 0.5,0.7
 TABLES ?= tables
 TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
 TASK_DATA ?=
+TOKENS ?= 150k
+RECOVERED ?= 0.5,0.7
 LIMIT ?=
 LEVELS ?=
 ENGINES ?=
@@ -56,7 +58,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table7 table8 tinyllama offload kernels test test-peers lint docs wheel install engines peers other-tools cross browser clean
+.PHONY: demo studies table1 table4 table5 table6 table7 table8 tinyllama offload kernels test test-peers lint docs wheel install engines peers other-tools cross browser clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with whether sparsity pays here, and the report
 	$(DEMO_BENCH) --sweep demo --sparsities $(SPARSITIES) --engines deepsparse,sparse-int8 \
@@ -81,6 +83,10 @@ table4: install  ## perplexity at 10% to 80% by allocation, with Wanda
 
 table5: install  ## accuracy at seven zero-shot tasks, from the hub or TASK_DATA="hellaswag=FILE …"; LIMIT=examples of each
 	$(call TABLE,zero-shot) --sparsities 0.7 --tasks $(TASKS) $(TASK_DATA:%=--task-data %) $(if $(LIMIT),--limit $(LIMIT))
+
+# The paper's is OWL with SparseGPT at 70%, and LoRA on 30.7M tokens: TOKENS=30.7M.
+table6: install  ## perplexity before and after recovery at RECOVERED sparsities, beside dense models with the same training
+	$(call TABLE,recovery) $(STUDY_EVALUATION) --sparsities $(RECOVERED) --tokens $(TOKENS)
 
 table7: install  ## seconds for the pruning metric
 	$(call TABLE,efficiency) --sparsities 0.7

@@ -443,7 +443,11 @@ def test_what_cannot_be_studied_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "name", ["lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods", "zero-shot"]
+    "name",
+    [
+        *("lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods", "zero-shot"),
+        *("recovery",),
+    ],
 )
 def test_help_has_an_example(name: str, run_cli: RunCli) -> None:
     ran = run_cli("study", name, "--help")

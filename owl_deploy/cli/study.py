@@ -19,6 +19,7 @@ from owl_deploy.paper.tables import TABLE_5_TASKS
 from owl_deploy.reporting import Reporter
 
 if TYPE_CHECKING:
+    from owl_deploy.recovery.plan import RecoveryPlan
     from owl_deploy.studies.cells import Study
 
 _TABLE_COLUMNS = 160  # if stdout is not a terminal
@@ -30,6 +31,11 @@ app = typer.Typer(
 
 Sparsities = Annotated[str, typer.Option(help="FIRST:LAST:STEP, or a list: 0.5,0.6,0.7.")]
 Method = Annotated[str, typer.Option(help="Pruning method: wanda, sparsegpt, admm, … as in `prune`.")]
+Tokens = Annotated[str, typer.Option(help="How many tokens to train on: 150k, 2M, …")]
+RecoverText = Annotated[
+    Optional[str],
+    typer.Option(metavar="SPEC", help="Text to train on, or self. Default: that of --calibration."),
+]
 OwlMs = Annotated[str, typer.Option("--m", help="Values of M.")]
 
 
@@ -315,6 +321,55 @@ def zero_shot(
 
     asked = parse_tasks(tasks, task_data or (), limit, batch_size)
     request.run(study(levels(sparsities), _names(methods)), asked)
+
+
+@_command
+def recovery(
+    request: _WithPerplexity,
+    sparsities: Sparsities = "0.7",
+    method: Method = "sparsegpt",
+    allocation: Annotated[str, typer.Option(help="Allocation of sparsity, as in `prune`.")] = "owl",
+    tokens: Tokens = "1M",
+    recover_text: RecoverText = None,
+    recoveries: Annotated[
+        str, typer.Option(help="Ways to recover: lora-adapter (the paper's), lora (masked and merged), full, blocks.")
+    ] = "lora-adapter,lora,full,blocks",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Also train rounded weights, sparse and dense, through these grids: int8, int4, int3; or none."
+        ),
+    ] = "int4,int3",
+) -> None:
+    """Perplexity before and after training what was kept, beside dense models with the same training (paper, Table 6).
+
+    Checkpoints stay in OUTPUT/checkpoints; an interrupted training goes on from its last save. The table begins with
+    whether dense is better at no more bits.
+
+    Examples:
+
+        owl-deploy study recovery demo -o recovery --calibration demo --samples 32 --seqlen 512 --evaluate demo
+            --tokens 150k
+
+        owl-deploy study recovery ./model -o recovery --sparsities 0.5,0.7 --method admm --recoveries full --tokens 10M
+    """
+    from owl_deploy.studies.cells import levels
+    from owl_deploy.studies.recovery import recovery as study
+
+    asked = levels(sparsities)
+    grids = [] if weights == "none" else _names(weights)
+    text = recover_text or request.calibration
+    request.run(
+        study(asked, method, allocation, _training(request, tokens), text, _names(recoveries), grids),
+    )
+
+
+def _training(request: _Request, tokens: str) -> "RecoveryPlan":
+    """The defaults of `recover`, on windows no longer than those of calibration, measured at the end alone."""
+    from owl_deploy.recovery.plan import RecoveryPlan, parse_tokens
+
+    usual = RecoveryPlan(parse_tokens(tokens), evaluations=1, seed=request.seed)
+    return dataclasses.replace(usual, seqlen=min(request.seqlen or usual.seqlen, usual.seqlen))
 
 
 def _names(text: str) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -15,19 +14,50 @@ from owl_deploy.evaluation.tasks import TaskAccuracy
 from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.records import Record, TextRecord, fingerprint
+from owl_deploy.recovery.plan import RecoveryPlan
 from owl_deploy.studies.tables import Table
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """A training after the pruning, and the text to train on."""
+
+    plan: RecoveryPlan
+    text: str
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One plan, and its labels in the tables of the study: a value for each label column."""
+    """One plan, and its labels in the tables of the study: a value for each label column.
+
+    Attributes:
+        recovery: what follows the pruning, if anything does.
+    """
 
     labels: dict[str, str]
     plan: PruningPlan
+    recovery: Recovery | None = None
 
     def __str__(self) -> str:
         labels = [f"{name} {value}" for name, value in self.labels.items() if value]
         return ", ".join([*labels, f"sparsity {self.plan.sparsity:g}"])
+
+
+class TrainingRecord(Record):
+    """How a recovered cell was trained.
+
+    Attributes:
+        before: perplexity as pruned; the cell's own is that after the training.
+        seconds: of the training alone.
+        checkpoint: where it is, from the study's directory.
+    """
+
+    plan: dict[str, object]
+    text: TextRecord
+    tokens: int
+    seconds: float
+    before: float
+    checkpoint: str
 
 
 class CellRecord(Record):
@@ -40,7 +70,10 @@ class CellRecord(Record):
         perplexity: in torch, fp32; None where no text was given.
         tasks: accuracy at zero-shot tasks, in torch, fp32; empty where none were asked.
         lod_percent: D of each block after pruning, by M (as text): its scores are compared with the dense block's mean.
-        metric_seconds: wall-clock time of the allocation and of each linear's pruning, without any forward pass.
+        bits_per_weight: of the linears, masks and scales included; None where it was not asked.
+        training: of a cell that was recovered.
+        metric_seconds: wall-clock time of the allocation and of each linear's pruning, without any forward pass; None
+            for a cell that was recovered.
         metric_cpu_seconds: the same, summed over threads.
         seconds: wall-clock time of the whole cell.
     """
@@ -54,8 +87,10 @@ class CellRecord(Record):
     perplexity: float | None
     tasks: list[TaskAccuracy] = Field(default_factory=list)
     lod_percent: dict[str, list[float]]
-    metric_seconds: float
-    metric_cpu_seconds: float
+    bits_per_weight: float | None = None
+    training: TrainingRecord | None = None
+    metric_seconds: float | None
+    metric_cpu_seconds: float | None
     seconds: float
 
 
@@ -116,10 +151,12 @@ class Study:
     lod_m: tuple[float, ...] = ()
     is_timed: bool = False
 
-    @cached_property
-    def keys(self) -> list[str]:
-        """The key of each cell's record."""
-        return [fingerprint({"plan": cell.plan.fields, "lod_m": self.lod_m}) for cell in self.cells]
+    def key(self, cell: Cell, trained_on: str | None) -> str:
+        """The key of a cell's record; `trained_on` is the SHA-256 of the text of its recovery, if it has one."""
+        inputs: dict[str, object] = {"plan": cell.plan.fields, "lod_m": self.lod_m}
+        if cell.recovery is not None:
+            inputs |= {"recovery": asdict(cell.recovery.plan), "trained_on": trained_on}
+        return fingerprint(inputs)
 
 
 def dense_cell(*labels: str) -> Cell:

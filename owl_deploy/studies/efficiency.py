@@ -62,6 +62,7 @@ def _draw(result: StudyResult, figure: Figure) -> None:
     seconds = {
         f"{', '.join(cell.labels.values())}, {percent(cell.sparsity_asked)}": cell.metric_seconds
         for cell in result.cells
+        if cell.metric_seconds is not None
     }
     figure.set_size_inches(8, 1 + 0.4 * len(seconds))
     bars(figure, seconds, "seconds without forward passes (log scale)")

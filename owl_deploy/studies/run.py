@@ -29,7 +29,6 @@ from owl_deploy.pruning.allocate import allocate
 from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.calibration.stream import in_fp32
 from owl_deploy.pruning.driver import prune_blocks
-from owl_deploy.pruning.manifest import BlockRecord
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.run import Calibration, Evaluation
 from owl_deploy.pruning.search.run import search
@@ -37,6 +36,7 @@ from owl_deploy.pruning.weights import InMemory, restored
 from owl_deploy.records import fingerprint, read_record, versions
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult, TasksRecord
+from owl_deploy.studies.trained import TrainedCells, linear_sparsities, texts_of
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
 
 if TYPE_CHECKING:  # lm-eval is an extra
@@ -83,26 +83,38 @@ def run_study(
         inputs |= {"tasks": asked.tasks.sha256}
     if study.is_timed:
         inputs |= {"threads": torch.get_num_threads(), "cpu": cpu_model()}
+    trained_on = texts_of(study, tokenizer)
     with locked(out):
         made = _read_made(out, fingerprint(inputs))
         known = _read_known(out) if made else {}
-        cells = dict(zip(study.keys, study.cells, strict=True))
+        cells = {study.key(*pair): pair[0] for pair in zip(study.cells, trained_on, strict=True)}
         missing = {key: cell for key, cell in cells.items() if key not in known}
         if len(missing) < len(cells):
             reporter.step(f"{out}: {len(cells) - len(missing)} of {len(cells)} cells were measured before")
-        if missing:
-            if made and known:
-                _check_conditions(out, made)
+
+        def measure(bench: _Bench | TrainedCells, keys: Sequence[str], what: str) -> None:
+            for key in reporter.track(keys, what):
+                known[key] = bench.measure(missing[key], key)
+                # The whole file is replaced, so that an interruption cannot leave half a line.
+                write_text(out / CELLS, "".join(f"{one.model_dump_json()}\n" for one in known.values()))
+                reporter.step(f"{missing[key]}: {_outcome(known[key])}")
+
+        if missing and made and known:
+            _check_conditions(out, made)
+        if one_shot := [key for key, cell in missing.items() if cell.recovery is None]:
             bench = _Bench(source, study, windows, evaluated, asked, out, calibration.seed)
             record = _describe(source, study, inputs, bench.blocks, windows, evaluated, asked)
             with disk_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
             write_text(out / RECORD, record.model_dump_json(indent=2) + "\n")
-            for key in reporter.track(list(missing), f"cells of {study.name}"):
-                known[key] = bench.measure(missing[key], key)
-                # The whole file is replaced, so that an interruption cannot leave half a line.
-                write_text(out / CELLS, "".join(f"{one.model_dump_json()}\n" for one in known.values()))
-                reporter.step(f"{missing[key]}: {_outcome(known[key])}")
+            measure(bench, one_shot, f"cells of {study.name}")
+            del bench  # training needs the memory
+        if recovered := [key for key in missing if key not in known]:
+            measure(
+                TrainedCells(source, out, calibration, evaluation, reporter),
+                recovered,
+                f"recovered cells of {study.name}",
+            )
         record = read_record(out / RECORD, StudyRecord, mend=_MEND)
     return StudyResult(study=record, cells=[known[key] for key in cells])
 
@@ -131,7 +143,8 @@ class _Asked:
 def _outcome(cell: CellRecord) -> str:
     figures = [str(one) for one in cell.tasks]
     if cell.perplexity is not None:
-        figures.insert(0, f"perplexity {perplexity_text(cell.perplexity)}")
+        before = f", {perplexity_text(cell.training.before)} before" if cell.training else ""
+        figures.insert(0, f"perplexity {perplexity_text(cell.perplexity)}{before}")
     return "; ".join(figures) or f"{number(cell.seconds)} s"
 
 
@@ -235,7 +248,7 @@ class _Bench:
             sparsity_asked=cell.plan.sparsity,
             sparsity_achieved=sum(one.sparsity_achieved * one.weights for one in records)
             / sum(one.weights for one in records),
-            linear_sparsities=_by_linear(records),
+            linear_sparsities=linear_sparsities(records),
             perplexity=value,
             tasks=accuracies,
             lod_percent=lod,
@@ -280,10 +293,6 @@ class _Stopwatch:
         yield
         self.seconds += time.perf_counter() - wall
         self.cpu_seconds += time.process_time() - cpu
-
-
-def _by_linear(records: Sequence[BlockRecord]) -> dict[str, float]:
-    return {f"{block.name}.{one.name}": one.sparsity_achieved for block in records for one in block.linears}
 
 
 def _describe(

@@ -34,6 +34,7 @@ class Table:
 
     Attributes:
         name: what tells its CSV from those of the study's other tables; empty for the first.
+        findings: what it shows, for people who read no further.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Table:
     columns: tuple[Column, ...]
     sections: Sequence[Sequence[Sequence[object]]]
     notes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
 
 def label(title: str, field: str | None = None) -> Column:
@@ -64,16 +66,17 @@ def perplexities(title: str = "perplexity", field: str = "perplexity") -> Column
 
 
 def terminal_tables(tables: Sequence[Table]) -> RenderableType:
-    """All tables with their notes."""
+    """All tables with their findings and notes."""
     parts: list[RenderableType] = []
     for table in tables:
-        parts += [_grid(table).on_terminal(table.title), *(Text(note) for note in table.notes)]
+        shown = _grid(table).on_terminal(table.title)
+        parts += [*(Text(finding) for finding in table.findings), shown, *(Text(note) for note in table.notes)]
     return Group(*parts)
 
 
 def markdown_table(table: Table) -> str:
-    """One table with its heading and notes."""
-    return "\n\n".join([f"## {table.title}", _grid(table).in_markdown(), *table.notes])
+    """One table with its heading, findings and notes."""
+    return "\n\n".join([f"## {table.title}", *table.findings, _grid(table).in_markdown(), *table.notes])
 
 
 def csv_text(table: Table) -> str:
