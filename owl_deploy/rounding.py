@@ -99,3 +99,19 @@ GRIDS: dict[Rounded, Grid] = {
     "int4": Grid(4, 64, torch.float16, both_signs=True),
     "int3": Grid(3, 64, torch.float16, both_signs=True),
 }
+
+
+def rounded_asymmetrically(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A matrix [out, in], fp32, with every weight the nearest of `2^bits` steps from its row's lowest to its highest.
+
+    What the figures of OWL's Table 12 fit: no groups; `scale = (hi - lo) / (2^b - 1)`, `zero = round(-lo / scale)`, and
+    `w' = scale (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero)`, where `lo` and `hi` take in 0. Zeros stay zeros.
+    """
+    lo = weight.amin(1, keepdim=True).clamp(max=0)
+    hi = weight.amax(1, keepdim=True).clamp(min=0)
+    is_empty = (lo == 0) & (hi == 0)
+    lo, hi = lo.masked_fill(is_empty, -1), hi.masked_fill(is_empty, 1)
+    highest = 2**bits - 1
+    scale: torch.Tensor = (hi - lo) / highest
+    zero = torch.round(-lo / scale)
+    return scale * (torch.clamp(torch.round(weight / scale) + zero, 0, highest) - zero)

@@ -446,7 +446,7 @@ def test_what_cannot_be_studied_is_told_in_one_line(
     "name",
     [
         *("lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods", "zero-shot"),
-        *("recovery",),
+        *("recovery", "mixed-precision"),
     ],
 )
 def test_help_has_an_example(name: str, run_cli: RunCli) -> None:

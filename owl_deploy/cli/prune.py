@@ -88,7 +88,9 @@ def prune(
         Optional[str],
         typer.Option(
             help="Round the weights that are kept to int8, int4 or int3, in the same pass (GPTQ): the sparse format of "
-            "that name stores them as they are. With --sparsity 0, rounds a dense model."
+            "that name stores them as they are. With --sparsity 0, rounds a dense model. With mixed-int4+int3 OWL "
+            "gives each to half of the blocks, the finer to those with most outliers. Or a .json file: an object with "
+            "one for each block or linear, by name."
         ),
     ] = None,
     recipe: Annotated[
@@ -152,6 +154,8 @@ def prune(
         owl-deploy prune meta-llama/Llama-2-7b-hf -o sparse --sparsity 0.7 --method admm --offload
 
         owl-deploy prune ./model -o sparse --sparsity 0.5 --method admm --weights int4 --calibration text.jsonl
+
+        owl-deploy prune ./model -o mixed --sparsity 0 --weights mixed-int4+int3 --calibration text.jsonl
 
         owl-deploy prune demo -o sparse --sparsity 0.5 --method admm --calibration demo --recover 150k
 
@@ -238,7 +242,8 @@ def prune(
     if json:
         typer.echo(manifest.model_dump_json())
     else:
-        typer.echo(f"{output}: sparsity {manifest.sparsity_achieved:.4f} of {len(manifest.blocks)} blocks")
+        rounded = "" if manifest.bits_per_weight is None else f", {manifest.bits_per_weight:.2f} bits a weight"
+        typer.echo(f"{output}: sparsity {manifest.sparsity_achieved:.4f} of {len(manifest.blocks)} blocks{rounded}")
         if manifest.perplexity is not None:
             before, after = manifest.perplexity.before, manifest.perplexity.after
             typer.echo(f"perplexity on {manifest.perplexity.text.source}: {before:.2f} before, {after:.2f} after")
@@ -262,6 +267,10 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         if "sparsity" in fields:
             raise UserError(f"{fields['allocation']} sets every sparsity; leave out --sparsity and --pattern")
         fields |= _explicit(Path(fields["allocation"]))
+    if "weights" in fields:
+        if "linear_weights" in fields:
+            raise UserError(f"{given['allocation']} sets all weights too; leave out --weights")
+        fields |= _weights(fields.pop("weights"))
     if "bits" in fields:
         if "sparsity" in fields:
             raise UserError("--bits sets what the search keeps to; leave out --sparsity and --pattern")
@@ -304,12 +313,30 @@ def _explicit_options(path: Path, values: dict[str, dict[str, Any]]) -> dict[str
     return {"allocation": "explicit", "sparsity": mean, "linear_sparsities": sparsities, "linear_weights": grids}
 
 
+def _weights(given: str) -> dict[str, Any]:
+    """The fields of a plan, from a grid, a mix of them, or a JSON file with one for each block or linear."""
+    from owl_deploy.files import read_json
+
+    if given.startswith("mixed-"):
+        return {"mix": tuple(given.removeprefix("mixed-").split("+"))}
+    if not given.endswith(".json"):
+        return {"weights": given}
+    if not Path(given).is_file():
+        raise UserError(f"--weights {given}: no such file")
+    values = read_json(Path(given))
+    if not isinstance(values, dict) or not values or not all(isinstance(value, str) for value in values.values()):
+        raise UserError(f"{given}: give an object with int8, int4 or int3 for each block or linear, by name")
+    return {"linear_weights": values}
+
+
 def _training(tokens: str, plan: PruningPlan, seqlen: int | None, seed: int, *, offload: bool) -> RecoveryPlan:
     """What `--recover` asks for: the defaults of `recover`, on windows no longer than those of calibration."""
     from owl_deploy.recovery.plan import RecoveryPlan, parse_tokens
 
     if offload:
         raise UserError("--recover holds the whole model in memory; leave it out, or --offload")
+    if plan.is_rounded and plan.weights is None:
+        raise UserError("--recover trains all weights through one grid; leave it out, or give one to --weights")
     usual = RecoveryPlan(parse_tokens(tokens), weights=plan.weights, seed=seed)
     return replace(usual, seqlen=min(seqlen or usual.seqlen, usual.seqlen))
 

@@ -364,6 +364,33 @@ def recovery(
     )
 
 
+@_command
+def mixed_precision(
+    request: _WithPerplexity,
+    mixes: Annotated[
+        str, typer.Option(help="Mixes of bits, rounded to nearest by the paper's quantiser; or none.")
+    ] = "4+3,4+3+2,4+2",
+    grids: Annotated[str, typer.Option(help="Mixes of our own grids, rounded by GPTQ; or none.")] = "int4+int3",
+    seeds: Annotated[int, typer.Option(min=1, help="How many random choices of blocks to take the mean of.")] = 3,
+    m: Annotated[float, typer.Option("--m", help="OWL's M.")] = 5.0,
+) -> None:
+    """Perplexity of mixed precision: more bits for blocks with more outliers (paper, Table 12).
+
+    Beside it, blocks of one precision, and the same mixes by mean weight and at random. To write a model whose grids
+    OWL has chosen, use `prune --weights mixed-int4+int3`.
+
+    Examples:
+
+        owl-deploy study mixed-precision demo -o mixed --calibration demo --samples 32 --seqlen 512 --evaluate demo
+
+        owl-deploy study mixed-precision ./model -o mixed --mixes 4+3 --grids int8+int4,int4+int3 --seeds 5
+    """
+    from owl_deploy.studies.mixed_precision import mixed_precision as study
+
+    asked = [[] if text == "none" else _names(text) for text in (mixes, grids)]
+    request.run(study(asked[0], asked[1], seeds, m))
+
+
 def _training(request: _Request, tokens: str) -> "RecoveryPlan":
     """The defaults of `recover`, on windows no longer than those of calibration, measured at the end alone."""
     from owl_deploy.recovery.plan import RecoveryPlan, parse_tokens

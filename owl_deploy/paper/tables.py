@@ -83,6 +83,14 @@ TABLE_7: dict[tuple[str, str], float] = {
 # Table 10, Wanda, by how many of 8 weights are kept: perplexity of uniform N:8, and of mixed N:8 by OWL.
 TABLE_10: dict[int, tuple[float, float]] = {4: (8.57, 8.55), 3: (42.56, 21.49), 2: (2962.00, 331.37)}
 
+# Table 12, LLaMA-7B, by widths in bits: perplexity of one width, and of mixes by how their blocks were chosen.
+TABLE_12_SAME: dict[tuple[int, ...], float] = {(4,): 6.29, (3,): 25.82, (2,): 104151.84}
+TABLE_12: dict[tuple[int, ...], dict[str, float]] = {
+    (4, 3): {"random": 12.04, "l1": 14.61, "owl": 9.09},
+    (4, 3, 2): {"random": 11455.54, "l1": 13959.422, "owl": 190.28},
+    (4, 2): {"random": 14817.12, "l1": 33670.214, "owl": 7505.60},
+}
+
 # Tables 13 and 14, at 70%, OWL with Wanda. Their captions are swapped: in Table 13 the linears of a block share one
 # sparsity, in Table 14 they do not. The perplexities are those of the text (appendix F).
 TABLES_13_14: dict[str, float] = {"owl": 24.55, "owl-per-layer": 86.285}

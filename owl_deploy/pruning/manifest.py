@@ -108,6 +108,8 @@ class PruningManifest(Record):
     search: SearchSummary | None = None
     sparsity_asked: float
     sparsity_achieved: float
+    bits_per_weight: float | None = None
+    """Of the linears, masks and scales included; None where weights were not rounded."""
     blocks: list[BlockRecord]
     perplexity: PerplexityRecord | None = None
     inputs_sha256: str

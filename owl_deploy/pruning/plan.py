@@ -35,7 +35,7 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 _GRANULARITY: dict[Method, Granularity] = {"magnitude": "layer", "wanda": "row", "ria": "layer", "admm": "layer"}
 """What each score is compared with, where it is a choice, and the published one."""
-_LATER = ("generations", "weights", "linear_weights", "bits")
+_LATER = ("generations", "weights", "linear_weights", "mix", "bits")
 _BY_LOD = ("owl", "owl-per-layer", "owl-inverse")
 _WITH_HALF_RANGE = (*_BY_LOD, "dlp", "linear")
 _WITH_DAMPENING = ("sparsegpt", "admm", "ablate-magnitude", "ablate-wanda")
@@ -109,7 +109,9 @@ class PruningPlan:
         generations: of the evolution that the `search` allocation is (400 by default).
         weights: the grid that kept weights are rounded to, by GPTQ, after the mask is chosen (with SparseGPT: as it is
             chosen); None for no rounding. The checkpoint is then fp32, as 16 bits do not hold the grid.
-        linear_weights: or one grid per linear, by its full name, beside `linear_sparsities`.
+        linear_weights: or one grid per linear, by its full name or that of its block.
+        mix: or several, the finest first: OWL gives each to an equal share of the blocks, the finest to those with most
+            outliers.
         bits: the mean bits of a weight that `search` keeps to in place of the sparsity, masks and scales included: it
             then chooses how sparse each linear is, and what it is rounded to.
     """
@@ -132,6 +134,7 @@ class PruningPlan:
     generations: int | None = None
     weights: Rounded | None = None
     linear_weights: dict[str, Rounded] | None = None
+    mix: tuple[Rounded, ...] | None = None
     bits: float | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +153,8 @@ class PruningPlan:
         _check_choice("weights", self.weights, ROUNDED)
         for name, grid in (self.linear_weights or {}).items():
             _check_choice(f"weights of {name}", grid, ROUNDED)
+        for grid in self.mix or ():
+            _check_choice("weights", grid, ROUNDED)
         self._check_combinations()
         self._check_numbers()
 
@@ -162,7 +167,7 @@ class PruningPlan:
 
     @property
     def is_rounded(self) -> bool:
-        return self.weights is not None or self.linear_weights is not None or self.bits is not None
+        return any(given is not None for given in (self.weights, self.linear_weights, self.mix, self.bits))
 
     def weights_of(self, linear: str) -> Rounded | None:
         """The grid of a linear, by its full name."""
@@ -174,7 +179,9 @@ class PruningPlan:
 
     @property
     def needs_lod(self) -> bool:
-        """Whether the allocation looks at outlier scores of the dense model."""
+        """Whether the allocation, or the mix of grids, looks at outlier scores of the dense model."""
+        if self.mix is not None:
+            return True
         by_score = (*_BY_LOD, "dlp") if self.method == "magnitude" else (*_BY_LOD, "dlp", "global")
         return self.sparsity > 0 and (self.allocation in by_score or isinstance(self.pattern, MixedNM))
 
@@ -254,8 +261,7 @@ class PruningPlan:
             raise UserError(f"{self.method} inverts no Hessian; leave out --percdamp")
         if self.generations is not None and self.allocation != "search":
             raise UserError(f"the {self.allocation} allocation has no generations; leave them out")
-        if self.linear_weights is not None and (self.linear_sparsities is None or self.weights is not None):
-            raise UserError("weights by linear go with sparsities by linear, and with no other weights")
+        self._check_weights()
         if self.bits is not None and (self.allocation != "search" or self.sparsity or self.weights is not None):
             raise UserError("bits are what the search allocation keeps to, in place of a sparsity and of --weights")
         if self.bits is not None and not 2 <= self.bits <= 16:
@@ -264,6 +270,17 @@ class PruningPlan:
             raise UserError(f"generations {self.generations} must be at least 1")
         if self.admm_steps < 1:
             raise UserError(f"admm_steps {self.admm_steps} must be at least 1")
+
+    def _check_weights(self) -> None:
+        given = [one for one in (self.weights, self.linear_weights, self.mix) if one is not None]
+        if len(given) > 1:
+            raise UserError("give one grid for all weights, or one for each linear, or a mix")
+        if self.mix is not None and (len(self.mix) < 2 or sorted(set(self.mix), key=ROUNDED.index) != list(self.mix)):
+            raise UserError(
+                f"mixed-{'+'.join(self.mix)}: give two or more, the finest first, for example mixed-int4+int3"
+            )
+        if self.allocation == "search" and (self.mix or self.linear_weights):
+            raise UserError("the search chooses weights by itself, with bits; leave out the mix, or the search")
 
 
 @dataclass(frozen=True)

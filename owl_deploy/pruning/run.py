@@ -23,6 +23,7 @@ from owl_deploy.models.shards import safetensors_files
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import Block
 from owl_deploy.pruning.allocate import allocate
+from owl_deploy.pruning.bits import bits_per_weight
 from owl_deploy.pruning.calibration.dense import DenseStatistics, measure_dense
 from owl_deploy.pruning.driver import prune_blocks
 from owl_deploy.pruning.figure import plot_allocation
@@ -38,6 +39,7 @@ from owl_deploy.pruning.manifest import (
 from owl_deploy.pruning.offload import OffloadedModel, offloaded_perplexity
 from owl_deploy.pruning.opened import Opened, OpenedModel
 from owl_deploy.pruning.plan import Allocation, BlockShare, PruningPlan
+from owl_deploy.pruning.precision import with_grids, write_grids
 from owl_deploy.pruning.recipe.read import Recipe
 from owl_deploy.pruning.recipe.write import write_recipes
 from owl_deploy.pruning.search.report import write_search
@@ -177,6 +179,10 @@ def prune_checkpoint(
                 opened, plan, windows, measured_of, statistics_file or unfinished / _STATISTICS, reporter
             )
             shares = allocate(plan, blocks, opened.weights, dense)
+            mix = plan.mix
+            plan = with_grids(plan, blocks, opened.weights, dense)
+            if mix is not None:
+                write_grids(plan, blocks, staging)
         with clock.phase("prune"):
             records = prune_blocks(
                 model,
@@ -200,13 +206,14 @@ def prune_checkpoint(
             model_sha256=model_sha256,
             family=type(model).__name__,
             block_class=block_class,
-            plan=plan.fields | ({"allocation": "search"} if searched else {}),
+            plan=plan.fields | ({"allocation": "search"} if searched else {}) | ({"mix": mix} if mix else {}),
             seed=calibration.seed,
             calibration=windows.record if windows else None,
             tuning=trials,
             search=SearchSummary.of(searched),
             sparsity_asked=plan.sparsity if plan.linear_sparsities is None else _mean_share(shares, blocks),
             sparsity_achieved=sum(block.sparsity_achieved * block.weights for block in records) / weights,
+            bits_per_weight=bits_per_weight(plan, records) if plan.is_rounded else None,
             blocks=records,
             perplexity=_perplexity_record(evaluated, before, after),
             inputs_sha256=inputs_sha256,

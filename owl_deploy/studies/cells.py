@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -15,6 +16,7 @@ from owl_deploy.pruning.levels import parse_sparsities
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.records import Record, TextRecord, fingerprint
 from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.rounding import Rounded
 from owl_deploy.studies.tables import Table
 
 
@@ -26,17 +28,38 @@ class Recovery:
     text: str
 
 
+ChosenBy = Literal["owl", "l1", "random"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are rounded, block by block, and nothing is pruned.
+
+    Attributes:
+        options: of a block, the widest first: numbers of bits of the paper's quantiser, or grids to round to by GPTQ.
+            Each is taken by an equal share of the blocks.
+        by: which blocks take the wider ones: those with most outliers (`owl`), the largest mean |W| (`l1`), or any.
+        seed: of a random choice.
+    """
+
+    options: tuple[int, ...] | tuple[Rounded, ...]
+    by: ChosenBy = "owl"
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Cell:
     """One plan, and its labels in the tables of the study: a value for each label column.
 
     Attributes:
         recovery: what follows the pruning, if anything does.
+        precision: mixed precision in place of pruning; the plan, of sparsity 0, has OWL's M.
     """
 
     labels: dict[str, str]
     plan: PruningPlan
     recovery: Recovery | None = None
+    precision: Precision | None = None
 
     def __str__(self) -> str:
         labels = [f"{name} {value}" for name, value in self.labels.items() if value]
@@ -70,7 +93,8 @@ class CellRecord(Record):
         perplexity: in torch, fp32; None where no text was given.
         tasks: accuracy at zero-shot tasks, in torch, fp32; empty where none were asked.
         lod_percent: D of each block after pruning, by M (as text): its scores are compared with the dense block's mean.
-        bits_per_weight: of the linears, masks and scales included; None where it was not asked.
+        bits_per_weight: of the linears, masks and scales included, the scales of the paper's quantiser left out; None
+            where it was not asked.
         training: of a cell that was recovered.
         metric_seconds: wall-clock time of the allocation and of each linear's pruning, without any forward pass; None
             for a cell that was recovered.
@@ -156,6 +180,8 @@ class Study:
         inputs: dict[str, object] = {"plan": cell.plan.fields, "lod_m": self.lod_m}
         if cell.recovery is not None:
             inputs |= {"recovery": asdict(cell.recovery.plan), "trained_on": trained_on}
+        if cell.precision is not None:
+            inputs |= {"precision": asdict(cell.precision)}
         return fingerprint(inputs)
 
 

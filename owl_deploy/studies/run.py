@@ -26,6 +26,7 @@ from owl_deploy.models.load import context_length, load_model, load_tokenizer, r
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import Block, find_blocks
 from owl_deploy.pruning.allocate import allocate
+from owl_deploy.pruning.bits import bits_per_weight
 from owl_deploy.pruning.calibration.dense import measure_dense
 from owl_deploy.pruning.calibration.stream import in_fp32
 from owl_deploy.pruning.driver import prune_blocks
@@ -35,7 +36,9 @@ from owl_deploy.pruning.search.run import search
 from owl_deploy.pruning.weights import InMemory, restored
 from owl_deploy.records import fingerprint, read_record, versions
 from owl_deploy.reporting import SILENT, Reporter
+from owl_deploy.rounding import Rounded
 from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyRecord, StudyResult, TasksRecord
+from owl_deploy.studies.rounded import options_of, round_to_nearest, with_options
 from owl_deploy.studies.trained import TrainedCells, linear_sparsities, texts_of
 from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
 
@@ -200,7 +203,9 @@ class _Bench:
         seed: int,
     ) -> None:
         self._out, self._seed = out, seed
-        self._model = load_model(source)
+        # 16 bits do not hold what is rounded.
+        is_rounded = any(cell.precision is not None for cell in study.cells)
+        self._model = load_model(source, torch.float32 if is_rounded else None)
         self.blocks = find_blocks(self._model)
         for text in (windows, evaluated):
             if text is not None:
@@ -218,10 +223,14 @@ class _Bench:
         watch = _Stopwatch()
         start = time.perf_counter()
         plan = cell.plan
+        options: list[int | Rounded] = []
         with restored(self.blocks):
             with watch.running():
                 if plan.allocation == "search":
                     plan = self._searched(plan)
+                if cell.precision is not None:
+                    options = options_of(cell.precision, self.blocks, self._weights, self._dense, plan.owl_m)
+                    plan = with_options(plan, self.blocks, options)
                 shares = allocate(plan, self.blocks, self._weights, self._dense)
             records = prune_blocks(
                 self._model,
@@ -233,6 +242,9 @@ class _Bench:
                 weights=self._weights,
                 timed=watch.running,
             )
+            bits = round_to_nearest(self.blocks, options)
+            if plan.is_rounded:
+                bits = bits_per_weight(plan, records)
             lod = {f"{m:g}": self._lod(m) for m in self._lod_m}
             value, accuracies = None, list[TaskAccuracy]()
             if self._evaluated is not None or self._asked is not None:
@@ -252,6 +264,7 @@ class _Bench:
             perplexity=value,
             tasks=accuracies,
             lod_percent=lod,
+            bits_per_weight=bits,
             metric_seconds=watch.seconds,
             metric_cpu_seconds=watch.cpu_seconds,
             seconds=time.perf_counter() - start,
