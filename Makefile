@@ -49,6 +49,8 @@ TASKS ?= boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa
 TASK_DATA ?=
 TOKENS ?= 150k
 RECOVERED ?= 0.5,0.7
+GENERATIONS ?= 100
+METHOD ?= wanda
 LIMIT ?=
 LEVELS ?=
 ENGINES ?=
@@ -58,7 +60,7 @@ TABLE = $(BIN)/owl-deploy study $(1) $(MODEL) -o $(TABLES)/$(notdir $(MODEL))/$@
 TINYLLAMA := tinyllama
 LARGE := large
 
-.PHONY: demo studies table1 table4 table5 table6 table7 table8 tinyllama offload kernels test test-peers lint docs wheel install engines peers other-tools cross browser clean
+.PHONY: demo studies table1 table4 table5 table6 table7 table8 table12 figure2 tinyllama offload kernels test test-peers lint docs wheel install engines peers other-tools cross browser clean
 
 demo: install engines  ## prune, export and measure SmolLM2-135M; ends with whether sparsity pays here, and the report
 	$(DEMO_BENCH) --sweep demo --sparsities $(SPARSITIES) --engines deepsparse,sparse-int8 \
@@ -90,6 +92,12 @@ table6: install  ## perplexity before and after recovery at RECOVERED sparsities
 
 table7: install  ## seconds for the pruning metric
 	$(call TABLE,efficiency) --sparsities 0.7
+
+table12: install  ## perplexity of mixed precision, by OWL, by mean weight and at random; on our own grids too
+	$(call TABLE,mixed-precision) $(STUDY_EVALUATION)
+
+figure2: install  ## perplexity at 10% to 90%: uniform, OWL, searched for GENERATIONS, recovered on TOKENS; METHOD=wanda
+	$(call TABLE,sparsity) $(STUDY_EVALUATION) --method $(METHOD) --generations $(GENERATIONS) --tokens $(TOKENS)
 
 # MODEL=demo stands for random weights at the geometry of TinyLlama-1.1B; a real one is pruned by OWL with Wanda.
 table8: install engines  ## decode latency at 10% to 90% in DeepSparse and our engine: under 40 minutes, 30 GB of disk

@@ -117,6 +117,26 @@ def test_allocation_searches_too_if_it_is_told_how_long(study: Any, tmp_path: Pa
     assert not list((tmp_path / "out").glob(".search-*"))
 
 
+def test_perplexity_by_sparsity_is_drawn_for_each_way_to_prune(study: Any, tmp_path: Path) -> None:
+    options = ["--sparsities", "0.5,0.6", "--method", "wanda", "--seqlen", 16]
+    study("sparsity", tmp_path / "out", *options)
+    before = rows(tmp_path / "out" / "sparsity.csv")
+    assert [row["pruned"] for row in before] == ["dense", "uniform", "owl", "uniform", "owl"]
+    ran = study("sparsity", tmp_path / "out", *options, "--generations", 4, "--tokens", 128, "--json")
+    found = rows(tmp_path / "out" / "sparsity.csv")
+    ways = ["uniform", "owl", "search", "owl, recovered"]
+    assert labelled(found, "sparsity_asked", "pruned") == [
+        ("0.0", "dense"),
+        *((level, way) for level in ("0.5", "0.6") for way in ways),
+    ]
+    assert [row for row in found if row["pruned"] in ("dense", "uniform", "owl")] == before
+    assert [row["paper_llama_7b"] for row in found[5:]] == ["10.7", "9.35", "", ""]
+    cells = json.loads(ran.stdout)["cells"]
+    assert cells[4]["training"]["before"] == pytest.approx(cells[2]["perplexity"], rel=1e-6)
+    assert cells[4]["perplexity"] != cells[2]["perplexity"]
+    assert (tmp_path / "out" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_nm_tells_our_n_from_the_papers(study: Any, tmp_path: Path) -> None:
     study("nm", tmp_path / "out")
     found = rows(tmp_path / "out" / "nm.csv")[1:]
@@ -428,6 +448,7 @@ def test_cells_of_other_versions_or_machines_do_not_join_those_that_are_there(
         (["lod", "--m", "5,none"], "--m 5,none: give numbers above 0"),
         (["lod", "--m", "0,5"], "--m 0,5: give numbers above 0"),
         (["lod", "--sparsities", "0.5", "--methods", "wanda,"], "method '' is unknown"),
+        (["sparsity", "--recover-text", "text.txt"], "say on how many --tokens"),
         (["sweep", "--lambdas", "1.5"], "lambda 1.5 must be in"),
     ],
 )
@@ -446,7 +467,7 @@ def test_what_cannot_be_studied_is_told_in_one_line(
     "name",
     [
         *("lod", "granularity", "allocation", "nm", "per-layer", "efficiency", "sweep", "methods", "zero-shot"),
-        *("recovery", "mixed-precision"),
+        *("recovery", "mixed-precision", "sparsity"),
     ],
 )
 def test_help_has_an_example(name: str, run_cli: RunCli) -> None:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from owl_deploy.cli import options
+from owl_deploy.errors import UserError
 from owl_deploy.evaluation.tasks import DEFAULT_BATCH, TaskRequest
 from owl_deploy.paper.tables import TABLE_5_TASKS
 from owl_deploy.reporting import Reporter
@@ -31,6 +32,9 @@ app = typer.Typer(
 
 Sparsities = Annotated[str, typer.Option(help="FIRST:LAST:STEP, or a list: 0.5,0.6,0.7.")]
 Method = Annotated[str, typer.Option(help="Pruning method: wanda, sparsegpt, admm, … as in `prune`.")]
+Generations = Annotated[
+    Optional[int], typer.Option(min=1, help="Also search, by `--allocation search`, for so many generations.")
+]
 Tokens = Annotated[str, typer.Option(help="How many tokens to train on: 150k, 2M, …")]
 RecoverText = Annotated[
     Optional[str],
@@ -185,9 +189,7 @@ def allocation(
     request: _WithPerplexity,
     sparsities: Sparsities = "0.1:0.8:0.1",
     method: Method = "wanda",
-    generations: Annotated[
-        Optional[int], typer.Option(min=1, help="Also search, by `--allocation search`, for so many generations.")
-    ] = None,
+    generations: Generations = None,
 ) -> None:
     """Perplexity by how sparsity is allocated to blocks (paper, Table 4, and later allocations).
 
@@ -362,6 +364,40 @@ def recovery(
     request.run(
         study(asked, method, allocation, _training(request, tokens), text, _names(recoveries), grids),
     )
+
+
+@_command
+def sparsity(
+    request: _WithPerplexity,
+    sparsities: Sparsities = "0.1:0.9:0.1",
+    method: Method = "wanda",
+    generations: Generations = None,
+    tokens: Annotated[
+        Optional[str], typer.Option(help="Also recover what OWL left, on so many tokens: 150k, 2M, …")
+    ] = None,
+    recover_text: RecoverText = None,
+) -> None:
+    """Perplexity by sparsity: uniform, OWL, and if told how long, searched and recovered (paper, Figure 2).
+
+    Recovered checkpoints stay in OUTPUT/checkpoints.
+
+    Examples:
+
+        owl-deploy study sparsity demo -o figure2 --calibration demo --samples 32 --seqlen 512 --evaluate demo
+            --generations 100 --tokens 150k
+
+        owl-deploy study sparsity ./model -o figure2 --method admm --sparsities 0.3:0.7:0.1
+    """
+    from owl_deploy.studies.cells import levels
+    from owl_deploy.studies.compare import by_level as study
+
+    asked = levels(sparsities)
+    if recover_text is not None and tokens is None:
+        raise UserError("--recover-text is the text of a recovery; say on how many --tokens, or leave it out")
+    recovery = None
+    if tokens is not None:
+        recovery = (_training(request, tokens), recover_text or request.calibration)
+    request.run(study(asked, method, generations, recovery))
 
 
 @_command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,7 +12,8 @@ from owl_deploy.errors import UserError
 from owl_deploy.formatting import percent
 from owl_deploy.paper.tables import DENSE_7B, LLAMA_7B, TABLE_1, TABLE_3, TABLE_4, TABLE_10, at_tenth
 from owl_deploy.pruning.plan import NM, Allocation, Granularity, Method, MixedNM, PruningPlan
-from owl_deploy.studies.cells import Cell, CellRecord, Study, StudyResult, by_sparsity, dense_cell
+from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.studies.cells import Cell, CellRecord, Recovery, Study, StudyResult, by_sparsity, dense_cell
 from owl_deploy.studies.plot import by_name, perplexity_curves, perplexity_grid
 from owl_deploy.studies.tables import Column, Table, asked, fraction, label, perplexities
 
@@ -74,6 +76,37 @@ def allocation(sparsities: Sequence[float], method: str, generations: int | None
         return at_tenth(TABLE_4, cell.labels["allocation"], cell.sparsity_asked) if method == "wanda" else None
 
     return _study("allocation", f"Allocations with {method}", cells, paper, "paper's Table 4")
+
+
+def by_level(
+    sparsities: Sequence[float], method: str, generations: int | None, training: tuple[RecoveryPlan, str] | None
+) -> Study:
+    """Uniform and OWL from low to high sparsity, the best allocation of a search, and recovery (paper, Figure 2).
+
+    The paper's figures beside them are those of its Table 4.
+
+    Args:
+        generations: also search, for as many.
+        training: also train what OWL left: how, and on which text.
+
+    Raises:
+        UserError: the method is unknown.
+    """
+    cells = []
+    for sparsity in sparsities:
+        owl = PruningPlan(sparsity, method, "owl")  # type: ignore[arg-type]  # checked by the plan
+        cells += [Cell({"pruned": "uniform"}, replace(owl, allocation="uniform", half_range=None))]
+        cells += [Cell({"pruned": "owl"}, owl)]
+        if generations is not None:
+            searched = replace(owl, allocation="search", half_range=None, generations=generations)
+            cells += [Cell({"pruned": "search"}, searched)]
+        if training is not None:
+            cells += [Cell({"pruned": "owl, recovered"}, owl, Recovery(*training))]
+
+    def paper(cell: CellRecord) -> float | None:
+        return at_tenth(TABLE_4, cell.labels["pruned"], cell.sparsity_asked) if method == "wanda" else None
+
+    return _study("sparsity", f"Perplexity by sparsity, {method}", cells, paper, "paper's Table 4")
 
 
 def n_of_m() -> Study:
