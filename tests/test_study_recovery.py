@@ -55,33 +55,33 @@ def test_every_recovery_stands_beside_dense_models_with_the_same_training(study:
     found = rows(out / "recovery.csv")
     assert [(row["sparsity_asked"], row["recovery"], row["weights"], row["model"]) for row in found] == [
         ("0.0", "dense", "", "this"),
-        ("0.0", "full", "int4", "this"),
+        *(("0.0", name, "int4", "this") for name in ("none", "full")),
         ("0.7", "lora-adapter", "", "this"),
         ("0.7", "lora-adapter", "", "paper's Table 6, LLaMA-7B"),
         ("0.7", "lora-adapter", "", "paper's Table 6, LLaMA-13B"),
         *(("0.7", name, "", "this") for name in ("lora", "full", "blocks")),
-        ("0.7", "full", "int4", "this"),
+        *(("0.7", name, "int4", "this") for name in ("none", "full")),
     ]
-    assert (found[3]["perplexity_before"], found[3]["perplexity"]) == ("19.49", "11.15")
-    ours = [row for row in found[1:] if row["model"] == "this"]
+    assert (found[4]["perplexity_before"], found[4]["perplexity"]) == ("19.49", "11.15")
+    ours = [row for row in found if row["model"] == "this" and row["recovery"] not in ("dense", "none")]
     assert {row["tokens"] for row in ours} == {str(TOKENS)}
     assert all(float(row["seconds"]) > 0 for row in ours)
     assert all(row["perplexity"] != row["perplexity_before"] for row in ours)
     unrounded = [row for row in ours if not row["weights"]]
-    assert len({row["perplexity_before"] for row in unrounded}) == 1  # all begin with the same checkpoint
+    begun = {row["perplexity_before"] for row in ours if row["sparsity_asked"] == "0.7"}
+    assert len(begun) == 1  # all with the same checkpoint
     assert len({row["perplexity"] for row in unrounded}) == len(unrounded)
-    assert [float(row["bits_per_weight"]) for row in found[:2]] == pytest.approx(
-        [16, GRIDS["int4"].bits_per_weight(0, 64)], abs=0.3
-    )
-    assert float(ours[1]["bits_per_weight"]) == pytest.approx(1 + 0.3 * 16, abs=0.05)
+    of_grid = {row["recovery"]: row for row in found if row["weights"] == "int4" and row["sparsity_asked"] == "0.0"}
+    assert of_grid["full"]["perplexity_before"] == found[0]["perplexity_before"] != of_grid["none"]["perplexity_before"]
+    assert float(found[0]["bits_per_weight"]) == 16
+    assert float(of_grid["full"]["bits_per_weight"]) == GRIDS["int4"].bits_per_weight(0, 48)
+    assert float(unrounded[0]["bits_per_weight"]) == pytest.approx(1 + 0.3 * 16, abs=0.05)
     report = (out / "recovery.md").read_text()
     assert report.index("with the same training and no more bits") < report.index("| sparsity asked |")
     cells = json.loads(ran.stdout)["cells"]
-    for cell in cells[1:]:
-        assert (out / cell["training"]["checkpoint"] / "recovery.json").is_file()
-    assert all(
-        is_on(GRIDS["int4"], weight) for weight in linears_in(out / cells[-1]["training"]["checkpoint"]).values()
-    )
+    trained = [cell["training"]["checkpoint"] for cell in cells if cell["training"]]
+    assert all((out / checkpoint / "recovery.json").is_file() for checkpoint in trained)
+    assert all(is_on(GRIDS["int4"], weight) for weight in linears_in(out / trained[-1]).values())
     assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -27,13 +27,15 @@ _RECOVERIES: dict[str, dict[str, Any]] = {
     "blocks": {"method": "blocks"},
 }
 RECOVERIES = tuple(_RECOVERIES)
+_ONE_SHOT = "none"
 _NOTES = (
     f"{ADAPTER} is the paper's: plain LoRA, trained on the text's next tokens, not merged. lora is masked and merged. "
     "All but the first are trained towards the dense model; rounded weights in full, through their grid.",
+    f"{_ONE_SHOT} is rounded by GPTQ and not trained. A training through a grid begins with unrounded weights.",
     "Bits a weight: of the blocks' linears, masks and scales included, adapters not; unrounded weights count "
     f"{UNROUNDED_BITS}.",
 )
-_AS_FEW = 0.005
+_AS_FEW = 0.02
 """Bits: less makes no difference."""
 
 
@@ -46,7 +48,7 @@ def recovery(
     recoveries: Sequence[str],
     grids: Sequence[str],
 ) -> Study:
-    """Every way to recover at every sparsity; for each grid, sparse and dense models that are trained through it.
+    """Every way to recover at every sparsity; for each grid, sparse and dense models rounded to it and trained in it.
 
     Args:
         training: its tokens, windows and seed hold for all of them.
@@ -63,15 +65,16 @@ def recovery(
 
     def cell(sparsity: float, name: str, grid: str = "") -> Cell:
         weights = cast("Rounded | None", grid or None)
-        by = allocation if sparsity else "uniform"
-        plan = PruningPlan(sparsity, method, by, weights=weights)  # type: ignore[arg-type]  # checked by the plan
-        how = Recovery(_trained(training, name, weights), text)
-        return Cell({"recovery": name, "weights": grid}, plan, how)
+        plan = PruningPlan(sparsity, method, allocation if sparsity else "uniform")  # type: ignore[arg-type]  # checked by it
+        labels = {"recovery": name, "weights": grid}
+        if name == _ONE_SHOT:
+            return Cell(labels, replace(plan, weights=weights))
+        return Cell(labels, plan, Recovery(_trained(training, name, weights), text))
 
-    cells = [dense_cell("recovery", "weights"), *(cell(0.0, "full", grid) for grid in grids)]
-    for sparsity in sparsities:
-        cells += [cell(sparsity, name) for name in recoveries]
-        cells += [cell(sparsity, "full", grid) for grid in grids]
+    cells = [dense_cell("recovery", "weights")]
+    for sparsity in (0.0, *sparsities):
+        cells += [cell(sparsity, name) for name in recoveries if sparsity]
+        cells += [cell(sparsity, name, grid) for grid in grids for name in (_ONE_SHOT, "full")]
     is_papers = method == "sparsegpt" and allocation == "owl"
     title = f"Recovery after {method}, {allocation}"
     return Study("recovery", title, tuple(cells), lambda result: [_table(result, title, is_papers=is_papers)], _draw)
@@ -99,7 +102,8 @@ def _table(result: StudyResult, title: str, *, is_papers: bool) -> Table:
         labels = [cell.sparsity_asked, *cell.labels.values()]
         trained = cell.training
         if trained is None:
-            yield [*labels, "this", cell.sparsity_achieved, float(UNROUNDED_BITS), cell.perplexity, None, None, None]
+            bits = cell.bits_per_weight or float(UNROUNDED_BITS)
+            yield [*labels, "this", cell.sparsity_achieved, bits, cell.perplexity, None, None, None]
             return
         figures = [trained.before, cell.perplexity, trained.tokens, trained.seconds]
         yield [*labels, "this", cell.sparsity_achieved, cell.bits_per_weight, *figures]

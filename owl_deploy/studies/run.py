@@ -204,7 +204,7 @@ class _Bench:
     ) -> None:
         self._out, self._seed = out, seed
         # 16 bits do not hold what is rounded.
-        is_rounded = any(cell.precision is not None for cell in study.cells)
+        is_rounded = any(cell.precision is not None or cell.plan.is_rounded for cell in study.cells)
         self._model = load_model(source, torch.float32 if is_rounded else None)
         self.blocks = find_blocks(self._model)
         for text in (windows, evaluated):

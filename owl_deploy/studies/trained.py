@@ -54,13 +54,13 @@ class TrainedCells:
             statistics_file=directory / "statistics.safetensors",
             reporter=self._reporter,
         )
-        method = cell.recovery.plan.method
-        recovered = directory / f"{method}-{cell.plan.sparsity:g}-{key[:8]}"
+        plan = cell.recovery.plan
+        recovered = directory / f"{plan.method}-{cell.plan.sparsity:g}-{key[:8]}"
         trained = recover_checkpoint(
             ModelSource(pruned.name, pruned),
             self._source,
             recovered,
-            cell.recovery.plan,
+            plan,
             cell.recovery.text,
             evaluation=self._evaluation,
             reporter=self._reporter,
@@ -74,9 +74,9 @@ class TrainedCells:
             linear_sparsities=linear_sparsities(made.blocks),
             perplexity=trained.perplexity.after,
             lod_percent={},
-            bits_per_weight=bits_per_weight(cell.plan, made.blocks),
+            bits_per_weight=bits_per_weight(dataclasses.replace(cell.plan, weights=plan.weights), made.blocks),
             training=TrainingRecord(
-                plan=dataclasses.asdict(cell.recovery.plan),
+                plan=dataclasses.asdict(plan),
                 text=trained.text,
                 tokens=trained.tokens,
                 seconds=trained.seconds["train"],
