@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,3 +94,14 @@ def test_every_name_that_the_package_promises_is_there() -> None:
 def test_mistakes_are_the_commands_own(tmp_path: Path) -> None:
     with pytest.raises(owl.UserError, match="not an export bundle"):
         owl.load_bundle(tmp_path)
+
+
+def test_the_manual_of_cmake_becomes_text_to_train_and_to_measure_on(tmp_path: Path) -> None:
+    told = run("cmake_manual.py", tmp_path / "text")
+    train, test = (
+        [json.loads(line)["text"] for line in (tmp_path / "text" / name).read_text().splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    )
+    assert f"{len(train) + len(test)} pages" in told
+    assert 8 * len(test) < len(train) < 10 * len(test)
+    assert sum(map(len, train)) > 2_000_000
