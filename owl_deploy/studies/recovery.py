@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -149,7 +150,7 @@ def _rival(cell: CellRecord, trained: Sequence[CellRecord]) -> CellRecord | None
 
 def _perplexity(cell: CellRecord) -> float:
     value = cell.perplexity
-    return value if value is not None and value == value else float("inf")  # not NaN
+    return math.inf if value is None or math.isnan(value) else value
 
 
 def _named(cell: CellRecord | None) -> str:
@@ -181,7 +182,8 @@ def _draw(result: StudyResult, figure: Figure) -> None:
     dense = result.cells[0].perplexity
     if dense is not None:
         axes.axhline(dense, color="#888888", linewidth=1, label="dense, 16 bits")
-    scale_logarithmically(axes, values)
+    if finite := [value for value in values if math.isfinite(value)]:
+        scale_logarithmically(axes, finite)
     axes.set_xlabel("bits a weight")
     axes.set_ylabel("perplexity before and after (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
