@@ -12,7 +12,7 @@ import torch
 from owl_deploy.benchmarking.rows import Row
 from owl_deploy.benchmarking.run import Request, bench_bundles
 from owl_deploy.bundle.manifest import BundleManifest, flavors_of, read_bundle
-from owl_deploy.bundle.names import Flavor
+from owl_deploy.bundle.names import Flavor, KvCache
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.errors import UserError
 from owl_deploy.evaluation.perplexity import perplexity
@@ -170,18 +170,28 @@ def export(
     flavors: Sequence[Flavor] = ("standard", "genai", "sparse-packed32"),
     *,
     head: Head | None = None,
+    kv_cache: KvCache | None = None,
+    calibration: Calibration = Calibration(),  # frozen
     reporter: Reporter = SILENT,
 ) -> Bundle:
     """Write checked ONNX graphs into a bundle, as `owl-deploy export` does; flavors that are there are not made again.
 
     Args:
         head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
+        kv_cache: how genai and sparse graphs keep keys and values; None for fp32, or what is there.
+        calibration: the text by which 8-bit keys and values are scaled: by default 32 windows of 512 tokens.
 
     Raises:
         UserError: the checkpoint cannot be read or exported, or `output` is in use.
         CheckFailed: a graph does not compute what the checkpoint computes; no bundle is left.
     """
-    manifest = export_checkpoint(Path(checkpoint), Path(output), flavors, head=head, reporter=reporter)
+    manifest = export_checkpoint(
+        *(Path(checkpoint), Path(output), flavors),
+        head=head,
+        kv_cache=kv_cache,
+        calibration=calibration,
+        reporter=reporter,
+    )
     return Bundle(Path(output), manifest)
 
 

@@ -63,6 +63,7 @@ class ParityCheck:
             decoded[expected.positions[~is_at_once] - len(at_once)],
             what=item.name,
             reference="torch",
+            rounded_cache=item.record.kv_cache is not None,
         )
         self.sound.add(item.name)
         return parity
@@ -82,6 +83,7 @@ class ParityCheck:
             what=item.name,
             reference=reference.spec.name,
             precision=item.spec.precision,
+            rounded_cache=item.record.kv_cache is not None or reference.record.kv_cache is not None,
         )
 
     def _reference(self, item: Configuration) -> Configuration:

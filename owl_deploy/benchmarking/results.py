@@ -76,6 +76,7 @@ def _row(
         engine=item.spec.name,
         flavor=item.flavor,
         weights=precision_of(item.flavor),
+        kv_cache="exact" if item.record.kv_cache is None else "int8",
         threads=workload.threads,
         batch=workload.batch,
         prompt_tokens=len(workload.prompt),

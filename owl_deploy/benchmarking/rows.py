@@ -17,7 +17,7 @@ from owl_deploy.files import write_text
 from owl_deploy.machine.description import Machine
 from owl_deploy.records import Record
 
-SCHEMA_VERSION = 3  # 2 had no hashes, architecture or names of rounds; 1 no batches, confidence intervals or energy
+SCHEMA_VERSION = 4  # 3 had no KV caches; 2 no hashes, architecture or names of rounds; 1 no batches or energy
 RESULTS = "results.jsonl"
 WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
 
@@ -99,6 +99,8 @@ class Row(Record):
     """The graph that was run."""
     weights: str = "fp32"
     """Its weight format."""
+    kv_cache: str = "exact"
+    """`int8` where the graph keeps keys and values in 8 bits, else `exact`: as its engine keeps them by itself."""
     threads: int
     """CPU threads the engine had."""
     batch: int = 1

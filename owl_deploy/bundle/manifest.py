@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from owl_deploy.bundle.names import Flavor
-from owl_deploy.bundle.records import MatrixRecord, ParityRecord
+from owl_deploy.bundle.records import CacheRecord, MatrixRecord, ParityRecord
 from owl_deploy.errors import UserError
 from owl_deploy.records import Record, read_record, versions
 from owl_deploy.sparse.formats import Head
@@ -54,6 +54,7 @@ class FlavorRecord(Record):
 
     Attributes:
         parity, audit: of export; null for what other engines run. `bench` compares logits again, of every engine.
+        kv_cache: null where the graph keeps keys and values as it computes them.
 
     A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
     is no error of the graph, and `packed` says what it is.
@@ -65,6 +66,7 @@ class FlavorRecord(Record):
     audit: AuditRecord | None
     files: list[FileRecord]
     packed: PackedRecord | None = None
+    kv_cache: CacheRecord | None = None
 
     @property
     def bytes(self) -> int:

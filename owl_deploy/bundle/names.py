@@ -21,6 +21,10 @@ Flavor = Literal[
     "gguf-q4_0",
     "torch",
 ]
+KvCache = Literal["fp32", "int8"]
+KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
+"""How a graph of GroupQueryAttention keeps keys and values."""
+
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 """What a bundle can hold of a checkpoint; `export/flavors.py` says how each is made."""
 
@@ -60,6 +64,12 @@ masks. Nothing else in the graph reads the attention mask, so an engine may cut 
 LOGITS_FROM = "logits_from"
 """An optional input of a graph, int64 [1]: the first position whose logits are computed, counted from the end where it
 is negative. Its default is 0; -1 is the last position alone, which is what generation needs of a prompt."""
+
+CACHE_BITS = "kv_cache_bit_width"
+"""The attribute of a GroupQueryAttention whose keys and values are kept as integers."""
+
+CACHES, CACHE_SCALES = slice(3, 5), slice(12, 14)
+"""Of its inputs, the caches of keys and of values, and what 1 of their integers stands for: [1, heads, 1, channels]."""
 
 OPSET = 14
 """The oldest that has every operator needed; DeepSparse reads 14 to 19."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from owl_deploy.records import Record
+from owl_deploy.records import Record, TextRecord
 from owl_deploy.sparse.formats import Stored
 
 
@@ -43,3 +43,17 @@ class MatrixRecord(Record):
     nonzeros: int
     format: Stored
     bytes: int
+
+
+class CacheRecord(Record):
+    """A KV cache of 8-bit integers.
+
+    Attributes:
+        text: what its scales were calibrated on: all windows but the last quarter.
+        perplexity: on that last quarter.
+        perplexity_exact: the same with a cache of fp32.
+    """
+
+    text: TextRecord
+    perplexity: float
+    perplexity_exact: float

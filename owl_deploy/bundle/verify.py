@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 
 from owl_deploy.bundle.manifest import FileRecord
+from owl_deploy.bundle.names import CACHE_BITS, CACHE_SCALES, CACHES
 from owl_deploy.bundle.tensors import external_place
 from owl_deploy.errors import UserError
 from owl_deploy.files import cache_directory, sha256, write_text
@@ -36,15 +38,15 @@ def verify_files(bundle: Path, files: Iterable[FileRecord]) -> None:
         if hashes[identity] != file.sha256:
             raise UserError(f"{path}: its contents are not those that bundle.json describes; export the model again")
         if path.suffix == ".onnx":
-            _check_locations(path)
+            _check_graph(path)
     if hashes != known:
         _remember(hashes)
 
 
-def _check_locations(graph: Path) -> None:
+def _check_graph(graph: Path) -> None:
     """
     Raises:
-        UserError: a weight of the graph lies elsewhere than in the graph's own folder.
+        UserError: a weight of the graph lies elsewhere than in the graph's own folder, or an 8-bit cache has no scales.
     """
     try:
         model = onnx.load(str(graph), load_external_data=False)
@@ -53,6 +55,27 @@ def _check_locations(graph: Path) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             external_place(graph, tensor)
+    check_cache_scales(graph, model)
+
+
+def check_cache_scales(graph: Path, model: onnx.ModelProto) -> None:
+    """See that each 8-bit cache of keys or values has its scales, one for each channel of each head.
+
+    Raises:
+        UserError: one has none, or of another shape than the cache's.
+    """
+    scales = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    caches = {value.name: value.type.tensor_type for value in model.graph.input}
+    for node in model.graph.node:
+        if all(attribute.name != CACHE_BITS for attribute in node.attribute):
+            continue
+        for past, scale in zip_longest(node.input[CACHES], node.input[CACHE_SCALES]):
+            _, heads, _, channels = (dimension.dim_value for dimension in caches[past].shape.dim)
+            found = scales.get(scale)
+            if found != [1, heads, 1, channels]:
+                wrong = f"has scales of shape {found}, not {[1, heads, 1, channels]}"
+                what = "has no scales" if found is None else wrong
+                raise UserError(f"{graph}: the 8-bit cache {past} {what}; export the model again")
 
 
 def _identity(path: Path) -> str:

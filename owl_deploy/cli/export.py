@@ -30,6 +30,17 @@ def export(
             help="Weight format of the sparse flavor's LM head: fp32 or int8. Default: int8 with int8, else fp32."
         ),
     ] = None,
+    kv_cache: Annotated[
+        Optional[str],
+        typer.Option(
+            help="How genai and sparse graphs keep keys and values: fp32, or int8, with scales calibrated on "
+            "--calibration. Default: fp32."
+        ),
+    ] = None,
+    calibration: options.Calibration = "c4",
+    samples: Annotated[Optional[int], typer.Option(min=2, help="Calibration windows. Default: 32.")] = None,
+    seqlen: Annotated[Optional[int], typer.Option(min=2, help="Tokens per window. Default: 512.")] = None,
+    seed: options.Seed = 0,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,9 +61,12 @@ def export(
         owl-deploy export sparse -o bundle --flavor genai --json
 
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
+
+        owl-deploy export sparse -o bundle --flavor sparse --weights int8 --kv-cache int8 --calibration wikitext2
     """
-    from owl_deploy.bundle.names import FLAVORS, Flavor, sparse_flavor
+    from owl_deploy.bundle.names import FLAVORS, KV_CACHES, Flavor, sparse_flavor
     from owl_deploy.exporting.run import export_checkpoint
+    from owl_deploy.pruning.run import Calibration
     from owl_deploy.sparse.formats import HEADS, WEIGHTS
 
     formats = [name.strip() for name in weights.split(",")]
@@ -60,6 +74,8 @@ def export(
         raise UserError(f"--weights {weights}: choose from {', '.join(WEIGHTS)}")
     if head not in (None, *HEADS):
         raise UserError(f"--head {head}: choose one of {', '.join(HEADS)}")
+    if kv_cache not in (None, *KV_CACHES):
+        raise UserError(f"--kv-cache {kv_cache}: choose one of {', '.join(KV_CACHES)}")
     packed: list[Flavor] = [sparse_flavor(name) for name in WEIGHTS if name in formats]
     groups: dict[str, list[Flavor]] = {"all": ["standard", "genai", *packed], "sparse": packed}
     groups |= {name: [name] for name in FLAVORS}
@@ -72,6 +88,8 @@ def export(
         output,
         asked,
         head=head,
+        kv_cache=kv_cache,
+        calibration=Calibration(calibration, samples, seqlen, seed),
         reporter=Reporter(quiet=quiet),
     )
     if json:
@@ -84,6 +102,11 @@ def export(
         if record.parity is not None:
             worst = max(record.parity.max_abs_difference, record.parity.max_abs_difference_with_past)
             line += f", logits within {worst:.1e} of torch"
+        if record.kv_cache is not None:
+            line += (
+                f", perplexity {record.kv_cache.perplexity:.4g} with a KV cache of int8 instead of "
+                f"{record.kv_cache.perplexity_exact:.4g}"
+            )
         typer.echo(line)
     for name in asked:
         if name not in manifest.flavors:

@@ -17,7 +17,7 @@ _READY = "owl-deploy.json"
 _HOME = Path(__file__).resolve().parents[2]  # of the package: a checkout, or site-packages
 THREADS = "OMP_NUM_THREADS"
 _DECIDING = (
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "GGML_", "OV_", "NM_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "GGML_", "OV_", "NM_", "ORT_"),
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"),
 )
 _TIMEOUT_S = 3 * 3600  # llama.cpp is compiled, by one slow core at worst

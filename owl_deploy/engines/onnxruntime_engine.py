@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from owl_deploy.bundle.names import LOGITS_FROM
 from owl_deploy.engines.protocol import Logits, TokenIds
+from owl_deploy.engines.rounded_cache import attention_for, rounds_cache
 from owl_deploy.machine.cpu import Widest, instruction_set
+
+_PIECE = 256  # tokens
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 class OnnxRuntimeEngine:
@@ -20,6 +24,9 @@ class OnnxRuntimeEngine:
     A graph that lies beside a `genai_config.json` attends with GroupQueryAttention, which appends to its cache in
     place: past and present are bound to one buffer of `context` tokens. Any other graph returns a longer cache
     each step, which becomes the next step's past without a copy of our own.
+
+    Where that cache is of 8 bits, a prompt of one sequence is run in pieces: the kernel that decodes it fastest holds
+    all scores of a piece at once, 4 bytes for each head, query and key.
 
     A graph without the input `LOGITS_FROM` computes the logits of every position, whoever asks.
 
@@ -51,14 +58,17 @@ class OnnxRuntimeEngine:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        with attention_for(graph):
+            self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._inputs = {value.name: value for value in inputs}
         self._vocabulary: int = self._session.get_outputs()[0].shape[-1]
         self._caches = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self._buffers: dict[str, Any] = {}
         self._selects_positions = LOGITS_FROM in self._inputs
         self._shares_cache = (graph.parent / "genai_config.json").is_file()
+        self._rounds_cache = rounds_cache(graph)
         self._ones = np.ones((batch, context), np.int64)
         self._positions = np.tile(np.arange(context, dtype=np.int64), (batch, 1))
         self._length = 0
@@ -78,24 +88,38 @@ class OnnxRuntimeEngine:
             "instruction_set": instruction_set(self.widest),
             "prefill_logits": "last" if self._selects_positions else "all",
             "shared_kv_buffer": self._shares_cache,
+            "kv_cache": "int8" if self._rounds_cache else "fp32",
         }
 
     def prefill(self, ids: TokenIds) -> Logits:
         self._begin()
-        return self._run(ids)[:, -1]
+        *before, last = self._pieces(ids)
+        for piece in before:
+            self._run(piece)
+        return self._run(last)[:, -1]
 
     def score(self, ids: TokenIds) -> Logits:
         self._begin()
-        return self._run(ids, every_position=True)
+        return np.concatenate([self._run(piece, every_position=True) for piece in self._pieces(ids)], axis=1)
+
+    def _pieces(self, ids: TokenIds) -> list[TokenIds]:
+        """`ids` [batch, length] as they are to be run one after the other."""
+        if not self._rounds_cache or self._batch > 1:  # after others, GroupQueryAttention takes tokens of one sequence
+            return [ids]
+        return [ids[:, first : first + _PIECE] for first in range(0, ids.shape[1], _PIECE)]
 
     def _begin(self) -> None:
         self._length = 0
         if not self._shares_cache:
             for name in self._caches:
-                self._binding.bind_ortvalue_input(name, _ort_value(np.zeros(self._cache_shape(name, 0), np.float32)))
+                self._binding.bind_ortvalue_input(name, _ort_value(self._empty_cache(name, 0)))
 
     def decode(self, tokens: TokenIds) -> Logits:
         return self._run(tokens[:, None])[:, -1]
+
+    def cached(self) -> dict[str, NDArray[Any]]:
+        """What a shared cache holds of the sequences, [batch, heads, tokens, head size], by the name of its input."""
+        return {name: buffer.numpy()[:, :, : self._length].copy() for name, buffer in self._buffers.items()}
 
     def end_profile(self) -> Path:
         """Write what was noted so far; the JSON file, whose name begins with `profile`."""
@@ -140,13 +164,13 @@ class OnnxRuntimeEngine:
 
     def _bind_shared_cache(self, context: int) -> None:
         for name in self._caches:
-            buffer = _ort_value(np.zeros(self._cache_shape(name, context), np.float32))
+            self._buffers[name] = buffer = _ort_value(self._empty_cache(name, context))
             self._binding.bind_ortvalue_input(name, buffer)
             self._binding.bind_ortvalue_output(_present(name), buffer)
 
-    def _cache_shape(self, name: str, tokens: int) -> tuple[int, int, int, int]:
+    def _empty_cache(self, name: str, tokens: int) -> NDArray[Any]:
         _, heads, _, head_size = self._inputs[name].shape
-        return self._batch, heads, tokens, head_size
+        return np.zeros((self._batch, heads, tokens, head_size), _CACHE_TYPES[self._inputs[name].type])
 
 
 class RoundedOnnxRuntimeEngine(OnnxRuntimeEngine):

@@ -17,14 +17,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.engines.protocol import TokenIds
+from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
 from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
 from owl_deploy.models.shards import as_bytes
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks, share_of_zeros
+from owl_deploy.pruning.run import Calibration
+from owl_deploy.text.windows import TokenWindows, calibration_windows, check_windows
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0
+_SAMPLES, _SEQLEN = 32, 512
 _OF_THE_FILE = {"_name_or_path", "transformers_version"}  # what a config says of where it came from
 
 
@@ -36,12 +40,34 @@ class OpenCheckpoint:
         directory: its files, with a config that every exporter reads right.
         model: in fp32.
         ids: the sequence that logits are compared on.
+        calibration: the text of `windows`.
     """
 
     directory: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     ids: TokenIds
+    calibration: Calibration = Calibration()
+
+    @cached_property
+    def windows(self) -> TokenWindows:
+        """What exports are calibrated on: less text than pruning takes, unless it was asked for.
+
+        Raises:
+            UserError: the text cannot be used with this model, or is a single window.
+        """
+        spec, is_ids = self.calibration.spec, self.calibration.spec.endswith(".npy")
+        windows = calibration_windows(
+            spec,
+            self.tokenizer,
+            samples=self.calibration.samples or (None if is_ids else _SAMPLES),
+            seqlen=self.calibration.seqlen or (None if is_ids else _SEQLEN),
+            seed=self.calibration.seed,
+        )
+        check_windows(windows, vocabulary=self.model.config.vocab_size, context=context_length(self.model))
+        if len(windows.ids) < 2:
+            raise UserError(f"{spec}: one window is too few to calibrate on; give two at least")
+        return windows
 
     @property
     def sparsity(self) -> float:
@@ -65,7 +91,7 @@ class OpenCheckpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(source: ModelSource) -> Iterator[OpenCheckpoint]:
+def open_checkpoint(source: ModelSource, calibration: Calibration) -> Iterator[OpenCheckpoint]:
     """Load a checkpoint for export.
 
     Raises:
@@ -74,7 +100,7 @@ def open_checkpoint(source: ModelSource) -> Iterator[OpenCheckpoint]:
     model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
     ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
     with _readable_by_exporters(source.path) as directory:
-        yield OpenCheckpoint(directory, model, tokenizer, ids)
+        yield OpenCheckpoint(directory, model, tokenizer, ids, calibration)
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
 from owl_deploy.bundle.names import Flavor
+from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine, RoundedOnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
+from owl_deploy.exporting.cache import with_rounded_cache
 from owl_deploy.exporting.checkpoint import OpenCheckpoint
 from owl_deploy.exporting.graphs.dense import DenseGraph, audit_of
 from owl_deploy.exporting.graphs.genai import write_genai_fp32
@@ -43,9 +45,14 @@ class Dense:
     """A graph of the checkpoint's weights as they are: each looked up in it, its logits compared with torch's."""
 
     write: Write
+    engine: type[OnnxRuntimeEngine] | None = None
+    """Whose cache may be rounded; None where the graph has none of its own."""
 
-    def make(self, checkpoint: OpenCheckpoint, out: Path) -> FlavorRecord:
+    def make(self, checkpoint: OpenCheckpoint, out: Path, *, rounds_cache: bool = False) -> FlavorRecord:
         """Write and check the flavor in `out`; its record, but for the files.
+
+        Args:
+            rounds_cache: keep keys and values in 8 bits, if the flavor can; see `with_rounded_cache`.
 
         Raises:
             UnsupportedFamily: there is no such graph of this model.
@@ -54,7 +61,10 @@ class Dense:
         source, note = self.write(checkpoint.directory, out, checkpoint.tokenizer is not None)
         audit = audit_of(out / GRAPH, checkpoint.model)
         parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids)
-        return FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=[])
+        record = FlavorRecord(source=source, note=note, parity=parity, audit=audit, files=[])
+        if not rounds_cache or self.engine is None:
+            return record
+        return with_rounded_cache(record, out, checkpoint, self.engine)
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,30 @@ class Packed:
 
     weights: Weights
 
-    def make(self, checkpoint: OpenCheckpoint, dense: DenseGraph, head: Head | None, out: Path) -> FlavorRecord:
+    def make(
+        self,
+        checkpoint: OpenCheckpoint,
+        dense: DenseGraph,
+        head: Head | None,
+        out: Path,
+        *,
+        rounds_cache: bool = False,
+    ) -> FlavorRecord:
         """See `Dense.make`."""
         packed, stored = write_packed(checkpoint.model, dense, out, self.weights, head)
         with _weights_in(checkpoint.model, stored):
             parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids, SparseEngine)
-        return FlavorRecord(
-            source="onnxruntime-genai, packed",
-            note=f"owl::SparseMatMul on {self.weights} weights",
-            parity=parity,
-            audit=dense.audit,
-            files=[],
-            packed=packed,
-        )
+            record = FlavorRecord(
+                source="onnxruntime-genai, packed",
+                note=f"owl::SparseMatMul on {self.weights} weights",
+                parity=parity,
+                audit=dense.audit,
+                files=[],
+                packed=packed,
+            )
+            if not rounds_cache:
+                return record
+            return with_rounded_cache(record, out, checkpoint, SparseEngine)
 
 
 @dataclass(frozen=True)
@@ -83,21 +104,26 @@ class Peer:
     """What another engine runs, of weights as it stores them: `bench` compares its logits, with ONNX Runtime's."""
 
     write: Write
+    engine: type[OnnxRuntimeEngine] | None = None
+    """See `Dense`."""
 
-    def make(self, checkpoint: OpenCheckpoint, out: Path) -> FlavorRecord:
+    def make(self, checkpoint: OpenCheckpoint, out: Path, *, rounds_cache: bool = False) -> FlavorRecord:
         """See `Dense.make`; nothing is checked here."""
         source, note = self.write(checkpoint.directory, out, checkpoint.tokenizer is not None)
-        return FlavorRecord(source=source, note=note, parity=None, audit=None, files=[])
+        record = FlavorRecord(source=source, note=note, parity=None, audit=None, files=[])
+        if not rounds_cache or self.engine is None:
+            return record
+        return with_rounded_cache(record, out, checkpoint, self.engine)
 
 
 EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "standard": Dense(write_standard_flavor),
-    "genai": Dense(write_genai_fp32),
+    "genai": Dense(write_genai_fp32, OnnxRuntimeEngine),
     "sparse-packed32": Packed("packed32"),
     "sparse-packed16": Packed("packed16"),
     "sparse-int8": Packed("int8"),
-    "genai-int8": Peer(write_genai_int8),
-    "genai-int4": Peer(write_genai_int4),
+    "genai-int8": Peer(write_genai_int8, RoundedOnnxRuntimeEngine),
+    "genai-int4": Peer(write_genai_int4, RoundedOnnxRuntimeEngine),
     "openvino": Peer(partial(write_openvino, "fp32")),
     "openvino-int8": Peer(partial(write_openvino, "int8")),
     "openvino-int4": Peer(partial(write_openvino, "int4")),
@@ -106,6 +132,12 @@ EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "gguf-q4_0": Peer(partial(write_gguf, weights="q4_0")),
     "torch": Peer(write_torch),
 }
+
+
+def can_round_cache(flavor: Flavor) -> bool:
+    """Whether its keys and values can be kept in 8 bits."""
+    exporter = EXPORTERS[flavor]
+    return isinstance(exporter, Packed) or exporter.engine is not None
 
 
 @contextlib.contextmanager

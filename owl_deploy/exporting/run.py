@@ -17,15 +17,17 @@ from owl_deploy.bundle.manifest import (
     exporter_versions,
     read_bundle,
 )
-from owl_deploy.bundle.names import Flavor
+from owl_deploy.bundle.names import Flavor, KvCache
+from owl_deploy.bundle.records import CacheRecord
 from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.exporting.checkpoint import OpenCheckpoint, open_checkpoint
-from owl_deploy.exporting.flavors import EXPORTERS, Packed
+from owl_deploy.exporting.flavors import EXPORTERS, Packed, can_round_cache
 from owl_deploy.exporting.graphs.dense import DenseGraph, lent_graph, written_graph
 from owl_deploy.files import sha256, staged_addition, staged_directory, write_text
 from owl_deploy.models.load import architecture, context_length
 from owl_deploy.models.source import ModelSource
 from owl_deploy.pruning.manifest import read_manifest
+from owl_deploy.pruning.run import Calibration
 from owl_deploy.reporting import SILENT, Reporter
 from owl_deploy.sparse.formats import Head
 from owl_deploy.sparse.library import library_path
@@ -37,6 +39,8 @@ def export_checkpoint(
     flavors: Sequence[Flavor],
     *,
     head: Head | None = None,
+    kv_cache: KvCache | None = None,
+    calibration: Calibration = Calibration(),  # frozen
     name: str | None = None,
     like: Path | None = None,
     reporter: Reporter = SILENT,
@@ -45,6 +49,8 @@ def export_checkpoint(
 
     Args:
         head: how sparse flavors store the matrix of the vocabulary; None for what goes with their weights.
+        kv_cache: how flavors of onnxruntime-genai's graph keep keys and values; None for fp32, or what is there.
+        calibration: the text that 8-bit caches and llama.cpp's K-quants are made by; read only for these.
         name: what the model is called, if owl-deploy did not prune it; by default its directory.
         like: another level's bundle. Sparse flavors are then made from its dense graph, if it has one and the models
             differ in nothing but their linears; the bytes are the same.
@@ -65,19 +71,21 @@ def export_checkpoint(
         )
     source = ModelSource(str(checkpoint), checkpoint)
     checkpoint_sha256 = source.fingerprint()
-    there = _bundle_there(out, checkpoint_sha256, flavors, head)
+    rounding = calibration if kv_cache == "int8" else None
+    there = _bundle_there(out, checkpoint_sha256, flavors, head, kv_cache, rounding)
     if there is not None and there.flavors.keys() >= set(flavors):
         reporter.step(f"{out}: already made from the same checkpoint")
         return there
 
     place = staged_directory(out, manifest=MANIFEST) if there is None else staged_addition(out)
-    with place as staging, open_checkpoint(source) as opened:
+    with place as staging, open_checkpoint(source, calibration) as opened:
         # Read again, as another process could add to it until it was locked.
-        there = _bundle_there(out, checkpoint_sha256, flavors, head)
+        there = _bundle_there(out, checkpoint_sha256, flavors, head, kv_cache, rounding)
         before = {} if there is None else there.flavors
         made, left_out = _make_flavors(
             [flavor for flavor in flavors if flavor not in before],
             *(opened, staging, _own_graph(out, before), like, head),
+            rounds_cache=kv_cache == "int8",
             reporter=reporter,
         )
         records = before | made
@@ -94,12 +102,17 @@ def export_checkpoint(
 
 
 def _bundle_there(
-    out: Path, checkpoint_sha256: str, flavors: Sequence[Flavor], head: Head | None
+    out: Path,
+    checkpoint_sha256: str,
+    flavors: Sequence[Flavor],
+    head: Head | None,
+    kv_cache: KvCache | None,
+    calibration: Calibration | None,
 ) -> BundleManifest | None:
     """What `out` holds already; None if it holds no bundle.
 
     Raises:
-        UserError: it was made from other inputs, or one of `flavors` is there with another head.
+        UserError: it was made from other inputs, or one of `flavors` is there with another head or cache.
     """
     if not (out / MANIFEST).is_file():
         return None
@@ -110,7 +123,26 @@ def _bundle_there(
         packed = there.flavors[flavor].packed if flavor in there.flavors else None
         if packed is not None and head not in (None, packed.head):
             raise UserError(f"{out / flavor}: has a head of {packed.head}; choose another output directory")
+        if flavor in there.flavors and kv_cache is not None and can_round_cache(flavor):
+            _check_cache(out / flavor, there.flavors[flavor].kv_cache, calibration)
     return there
+
+
+def _check_cache(folder: Path, found: CacheRecord | None, asked: Calibration | None) -> None:
+    """
+    Raises:
+        UserError: a flavor that is there keeps keys and values in another way than was asked for.
+    """
+    if (found is None) != (asked is None):
+        raise UserError(f"{folder}: has a KV cache of {'int8' if found else 'fp32'}; choose another output directory")
+    if found is None or asked is None:
+        return
+    known = (found.text.source, found.text.windows, found.text.seqlen)
+    if (asked.spec, asked.samples or known[1], asked.seqlen or known[2]) != known:
+        raise UserError(
+            f"{folder}: its KV cache was calibrated on {known[1]} windows of {known[2]} tokens of {known[0]}; choose "
+            "another output directory"
+        )
 
 
 def _make_flavors(
@@ -121,6 +153,7 @@ def _make_flavors(
     like: Path | None,
     head: Head | None,
     *,
+    rounds_cache: bool,
     reporter: Reporter,
 ) -> tuple[dict[Flavor, FlavorRecord], dict[Flavor, str]]:
     """Make these flavors in `staging`: the records of those that could be made, and why the others could not.
@@ -128,6 +161,7 @@ def _make_flavors(
     Args:
         own: the dense graph of the bundle, if it has one already.
         like: see `export_checkpoint`.
+        rounds_cache: whether keys and values are kept in 8 bits, where a flavor can.
     """
     records: dict[Flavor, FlavorRecord] = {}
     hashed: dict[Flavor, Future[list[FileRecord]]] = {}
@@ -151,12 +185,12 @@ def _make_flavors(
     with ThreadPoolExecutor(1) as beside:  # files are hashed beside the work on the next flavor
         for flavor in flavors:
             if not isinstance(exporter := EXPORTERS[flavor], Packed):
-                attempt(flavor, partial(exporter.make, checkpoint))
+                attempt(flavor, partial(exporter.make, checkpoint, rounds_cache=rounds_cache))
         if packed:
             try:
                 with _dense_graph(checkpoint, own or _own_graph(staging, records), like, staging) as dense:
                     for flavor, packer in packed.items():
-                        attempt(flavor, partial(packer.make, checkpoint, dense, head))
+                        attempt(flavor, partial(packer.make, checkpoint, dense, head, rounds_cache=rounds_cache))
             except UnsupportedFamily as error:
                 left_out |= dict.fromkeys(packed, str(error))
     finished = {

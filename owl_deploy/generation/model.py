@@ -27,6 +27,7 @@ import onnx
 
 from owl_deploy.bundle.manifest import GRAPH, BundleManifest
 from owl_deploy.bundle.names import Flavor, weights_of
+from owl_deploy.engines.rounded_cache import attention_for
 from owl_deploy.errors import UserError, first_line
 from owl_deploy.files import read_json, write_json
 from owl_deploy.sparse.library import library_path
@@ -89,7 +90,8 @@ class GenerationModel:
             try:
                 config = onnxruntime_genai.Config(str(described))
                 config.overlay(overlay)
-                self._model = onnxruntime_genai.Model(config)
+                with attention_for(directory / GRAPH):
+                    self._model = onnxruntime_genai.Model(config)
             except RuntimeError as error:
                 reason = first_line(error)
                 raise UserError(f"{directory}: onnxruntime-genai cannot load it ({reason}); export it again") from error

@@ -47,10 +47,18 @@ class _Key(NamedTuple):
     model: str
     flavor: str
     weights: str
+    kv_cache: str
     workload: Workload
 
     def words(self) -> tuple[str, ...]:
-        return self.flavor, self.weights, self.model, *self.workload.words(), self.workload.shape
+        return (
+            self.flavor,
+            self.weights,
+            f"{self.kv_cache} KV cache",
+            self.model,
+            *self.workload.words(),
+            self.workload.shape,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,8 @@ def by_series(rows: Sequence[Row]) -> list[Series]:
     models = short_names(row.model for row in rows)
     groups: dict[_Key, list[Row]] = {}
     for row, workload in zip(rows, _workloads(rows), strict=True):
-        groups.setdefault(_Key(row.engine, models[row.model], row.flavor, row.weights, workload), []).append(row)
+        graph = (row.flavor, row.weights, row.kv_cache)
+        groups.setdefault(_Key(row.engine, models[row.model], *graph, workload), []).append(row)
     names = _names(list(groups))
     return [
         _series(names[key], key, tuple(sorted(groups[key], key=lambda row: (row.sparsity, row.bundle))), groups)

@@ -99,7 +99,7 @@ def _any_precision_differs(rows: Sequence[Row]) -> bool:
 
 
 COLUMNS = (
-    Column("engine", _engine, ("engine", "flavor", "weights"), is_text=True, tells=_always),
+    Column("engine", _engine, ("engine", "flavor", "weights", "kv_cache"), is_text=True, tells=_always),
     Column("batch", lambda _, row: str(row.batch), ("batch",), tells=lambda rows: any(row.batch > 1 for row in rows)),
     Column(
         "sparsity asked (achieved)",

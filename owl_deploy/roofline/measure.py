@@ -190,7 +190,7 @@ def _measure_flavor(
         memory_floor_ms=traffic.bytes / _BYTES_PER_MS / roof.memory_gb_s,
         kinds=[_of_matrices(kind, of_kind, profile, roof) for kind, of_kind in kinds if of_kind],
         matrices=matrices,
-        attention=_figures(ATTENTION, traffic.cache_bytes, attention_ms, roof),
+        attention=_figures(ATTENTION, traffic.cache_bytes, attention_ms, roof, formats=(traffic.cache_format,)),
         rest=_figures(REST, traffic.rest_bytes, rest_ms, roof),
         token=_figures(TOKEN, traffic.bytes, token_ms, roof, formats=()),
         between_ms=between_ms,

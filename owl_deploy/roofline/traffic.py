@@ -72,6 +72,7 @@ class Traffic:
     """
 
     matrices: list[Matrix]
+    cache_format: str
     cache_bytes: int
     rest_bytes: int
 
@@ -98,7 +99,9 @@ def read_traffic(bundle: Path, flavor: Flavor, record: FlavorRecord, past: int) 
     matrices = list(_matrices(graph, tensors, record))
     read_whole = {matrix.name for matrix in matrices}
     rest = (_rest_bytes(tensor) for name, tensor in tensors.items() if name not in read_whole)
-    return Traffic(matrices, _cache_bytes(bundle / flavor / _GENAI_CONFIG, past), sum(rest))
+    cache_format, element_bytes = ("fp32", _FP32_BYTES) if record.kv_cache is None else ("int8", 1)
+    cache_bytes = _cache_elements(bundle / flavor / _GENAI_CONFIG, past) * element_bytes
+    return Traffic(matrices, cache_format, cache_bytes, sum(rest))
 
 
 def _matrices(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], record: FlavorRecord) -> Iterator[Matrix]:
@@ -142,7 +145,7 @@ def _rest_bytes(tensor: onnx.TensorProto) -> int:
     return math.prod(row) * _FP32_BYTES
 
 
-def _cache_bytes(config: Path, past: int) -> int:
+def _cache_elements(config: Path, past: int) -> int:
     if not config.is_file():
         raise UserError(f"{config} is missing; export the model again")
     try:
@@ -151,4 +154,4 @@ def _cache_bytes(config: Path, past: int) -> int:
         layers, heads, head_size = (int(decoder[name]) for name in names)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config}: does not describe a decoder ({error}); export the model again") from error
-    return 2 * layers * heads * head_size * past * _FP32_BYTES
+    return 2 * layers * heads * head_size * past

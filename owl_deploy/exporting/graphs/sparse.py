@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from owl_deploy.bundle.records import MatrixRecord
 from owl_deploy.bundle.tensors import ExternalData, external_array, transposed
 from owl_deploy.errors import UserError
+from owl_deploy.exporting.graphs.cache import exact_cache
 from owl_deploy.exporting.graphs.selection import choose
 from owl_deploy.machine.threads import in_order
 from owl_deploy.sparse.formats import SPARSE_DOMAIN, SPARSE_OPERATOR, Head, Stored, Weights
@@ -56,6 +57,7 @@ def write_sparse(
         UserError: a weight cannot be packed, or the library of the kernels is missing.
     """
     model = onnx.load(str(dense), load_external_data=False)
+    exact_cache(model)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     packable = {name for name, tensor in tensors.items() if _holds(tensor, linears.get(name, {}))}
     products = [product for product in _products(model.graph, tensors) if packable.issuperset(product.parts)]

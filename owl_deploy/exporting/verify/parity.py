@@ -21,6 +21,9 @@ ROUNDED_TOLERANCE = {"f16": 0.05, "packed16": 0.05, "int8": 0.2, "q8_0": 0.2, "i
 """How far logits may be from those of the unrounded weights, by how these are stored: the norm of the difference over
 that of the logits. Past it the engine does not run this model: logits of another one are at 1.4."""
 
+CACHE_TOLERANCE = 0.1
+"""How much further, where keys and values are kept in 8 bits."""
+
 REFERENCES = ("onnxruntime", "sparse-packed32")
 """Engines that others are compared with, the first choice first: they run unrounded weights, and were compared with
 torch when the graph was made."""
@@ -34,7 +37,12 @@ def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
 
 
 def check_parity(
-    graph: Path, model: PreTrainedModel, ids: TokenIds, engine_class: type[OnnxRuntimeEngine] = OnnxRuntimeEngine
+    graph: Path,
+    model: PreTrainedModel,
+    ids: TokenIds,
+    engine_class: type[OnnxRuntimeEngine] = OnnxRuntimeEngine,
+    *,
+    rounded_cache: bool = False,
 ) -> ParityRecord:
     """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
 
@@ -43,6 +51,7 @@ def check_parity(
     Args:
         ids: one sequence of more than 16 tokens.
         engine_class: what runs the graph.
+        rounded_cache: see `compare`.
 
     Raises:
         CheckFailed: see `compare`.
@@ -58,22 +67,30 @@ def check_parity(
         ) from error
     name = f"{graph.parent.name}/{graph.name}"
     expected = reference_logits(model, ids)
-    parity = compare(expected, at_once, decoded, what=name, reference="torch")
+    parity = compare(expected, at_once, decoded, what=name, reference="torch", rounded_cache=rounded_cache)
     write_expected(graph.parent, ids, expected, decoded=len(decoded))
     return parity
 
 
 def compare(
-    expected: Logits, at_once: Logits, decoded: Logits, *, what: str, reference: str, precision: str = "fp32"
+    expected: Logits,
+    at_once: Logits,
+    decoded: Logits,
+    *,
+    what: str,
+    reference: str,
+    precision: str = "fp32",
+    rounded_cache: bool = False,
 ) -> ParityRecord:
     """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
 
     Args:
         precision: how the weights behind the compared logits are stored.
+        rounded_cache: whether keys and values are kept in 8 bits, behind either.
 
     Raises:
         CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
-            likely ones are further apart than that. Of rounded weights: see `ROUNDED_TOLERANCE`.
+            likely ones are further apart than that. Of rounded weights or caches: see `ROUNDED_TOLERANCE`.
     """
     if any(logits.ndim != 2 or logits.shape[1] != expected.shape[1] for logits in (at_once, decoded)):
         raise CheckFailed(f"{what}: logits differ from the checkpoint's in shape: {at_once.shape}, {decoded.shape}")
@@ -84,12 +101,16 @@ def compare(
     clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
     worst = max(difference, difference_with_past)
     relative = _relative_difference(expected, np.concatenate([at_once, decoded]))
-    allowed = ROUNDED_TOLERANCE.get(precision)
-    if allowed is not None:
+    allowed = ROUNDED_TOLERANCE.get(precision, 0.0) + CACHE_TOLERANCE * rounded_cache
+    if allowed:
         if not relative <= allowed:
+            rounded = " and ".join(
+                [f"its weights to {precision}"] * (precision in ROUNDED_TOLERANCE)
+                + ["its keys and values to 8 bits"] * rounded_cache
+            )
             raise CheckFailed(
-                f"{what}: logits differ from the checkpoint's by {relative:.2g} of their norm; rounding its weights to "
-                f"{precision} explains {allowed:g}"
+                f"{what}: logits differ from the checkpoint's by {relative:.2g} of their norm; rounding {rounded} "
+                f"explains {allowed:g}"
             )
     elif not worst <= TOLERANCE:  # NaN fails too
         raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}")
