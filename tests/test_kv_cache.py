@@ -216,7 +216,7 @@ def test_another_cache_than_the_one_that_is_there_is_an_error(
 
 def test_the_command_names_what_cannot_be(checkpoint: Path, tmp_path: Path, run_cli: RunCli) -> None:
     np.save(tmp_path / "one.npy", random_ids(1, 30))
-    export = ("export", checkpoint, "-o", tmp_path / "bundle", "--flavor", "genai", "--kv-cache")
+    export = ("export", checkpoint, "-o", tmp_path / "bundle", "--flavor", "genai", "--quiet", "--kv-cache")
     assert "--kv-cache int4: choose one of fp32, int8" in run_cli(*export, "int4").stderr
     ran = run_cli(*export, "int8", "--calibration", tmp_path / "one.npy")
     assert (ran.code, ran.stderr.count("\n")) == (2, 1)

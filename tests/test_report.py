@@ -83,6 +83,8 @@ def make_row(engine: str = "deepsparse", sparsity: float = 0.5, speedup: float =
         "load_ms": 900.0,
         "peak_rss_bytes": 2**30,
         "file_bytes": 500 * 2**20,
+        "linear_bits": 4.5,
+        "all_bits": 5.678,
         "load_average": (0.1, 1.9),
         "other_load_cores": 0.05,
         "parity": PARITY,
@@ -203,7 +205,7 @@ def test_a_speedup_is_shown_with_its_spread() -> None:
     row = cells(markdown_table([make_row(speedup=1.31, speedup_same_engine_spread=spread)]))[1]
     assert row[6] == "1.31x (1.28–1.35)"
     assert row[4] == "15.3 (16.8, 22.9)"
-    assert row[8:] == ["1.67x", "1.00 GiB", "500 MiB"]
+    assert row[8:] == ["1.67x", "1.00 GiB", "4.50 (5.68)", "500 MiB"]
 
 
 def test_every_line_of_the_markdown_table_has_every_column_that_says_something() -> None:
@@ -222,6 +224,7 @@ def test_new_figures_have_columns_as_soon_as_one_row_has_them() -> None:
     row = dict(zip(table[0], table[1], strict=True))
     assert (row["batch"], row["prefill tokens/s"], row["end to end ms (tokens/s)"]) == ("4", "1234", "900 (35.5)")
     assert (row["joules per token"], row[ANY_PRECISION]) == ("0.50", "0.61x")
+    assert row["bits a weight in linears (in all)"] == "4.50 (5.68)"
 
 
 def test_a_speedup_over_any_precision_has_no_column_where_it_says_the_same() -> None:
@@ -241,7 +244,7 @@ def test_a_failed_row_says_why_in_its_first_figure_and_shows_no_others() -> None
     row = cells(markdown_table([make_row(sparsity=0.6), make_failed()]))[2]
     assert row[2].startswith("failed: the worker died ¦ signal 11 Assertion `rank == 4`")
     assert len(row[2]) < 80
-    assert set(row[3:-1]) == {"–"}
+    assert set(row[3:-2]) == {"–"}
 
 
 def test_footnotes_explain_what_is_there_and_nothing_else() -> None:

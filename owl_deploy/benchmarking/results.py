@@ -86,6 +86,8 @@ def _row(
         sparsity_achieved=item.manifest.sparsity_achieved,
         paper_speedup=paper_speedup(asked),
         file_bytes=item.record.bytes,
+        linear_bits=item.record.stored.linear_bits if item.record.stored else None,
+        all_bits=item.record.all_bits,
         engine_facts=setup.get("facts", {}),
         machine=machine,
     )

@@ -17,7 +17,7 @@ from owl_deploy.files import write_text
 from owl_deploy.machine.description import Machine
 from owl_deploy.records import Record
 
-SCHEMA_VERSION = 4  # 3 had no KV caches; 2 no hashes, architecture or names of rounds; 1 no batches or energy
+SCHEMA_VERSION = 4  # 3 had no KV caches and bits; 2 no hashes, architecture or names of rounds; 1 no batches or energy
 RESULTS = "results.jsonl"
 WIDE = 0.2  # of a ratio's median: a wider confidence interval is marked
 
@@ -161,6 +161,10 @@ class Row(Record):
     """Resident memory of one process after its last round less that after its first."""
     file_bytes: int
     """Size of the graph and its weights."""
+    linear_bits: float | None = None
+    """Bits of a weight of the blocks' linears, scales and zero points with it, as the file has them."""
+    all_bits: float | None = None
+    """Bits of the whole file for each parameter of the model."""
     load_average: tuple[float, float] | None = None
     """1-minute load before the first and after the last round."""
     other_load_cores: float | None = None

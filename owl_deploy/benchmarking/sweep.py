@@ -116,7 +116,13 @@ def _export_level(level: Level, reporter: Reporter) -> None:
 
     def export(flavors: Sequence[Flavor]) -> BundleManifest:
         checkpoint, like = level.directory / "checkpoint", level.out / "0" / "bundle"
-        return export_checkpoint(checkpoint, bundle, flavors, name=level.source.name, like=like, reporter=reporter)
+        return export_checkpoint(
+            *(checkpoint, bundle, flavors),
+            calibration=level.calibration,
+            name=level.source.name,
+            like=like,
+            reporter=reporter,
+        )
 
     try:
         made = set(export(best).flavors)

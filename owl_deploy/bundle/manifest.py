@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from owl_deploy.bundle.names import Flavor
-from owl_deploy.bundle.records import CacheRecord, MatrixRecord, ParityRecord
+from owl_deploy.bundle.records import CacheRecord, MatrixRecord, ParityRecord, StoredRecord
 from owl_deploy.errors import UserError
 from owl_deploy.records import Record, read_record, versions
 from owl_deploy.sparse.formats import Head
@@ -54,6 +54,7 @@ class FlavorRecord(Record):
 
     Attributes:
         parity, audit: of export; null for what other engines run. `bench` compares logits again, of every engine.
+        stored: null in a bundle of an older owl-deploy.
         kv_cache: null where the graph keeps keys and values as it computes them.
 
     A sparse flavor's logits are compared with torch's on the weights as they are stored: the rounding of 16 and 8 bits
@@ -67,11 +68,17 @@ class FlavorRecord(Record):
     files: list[FileRecord]
     packed: PackedRecord | None = None
     kv_cache: CacheRecord | None = None
+    stored: StoredRecord | None = None
 
     @property
     def bytes(self) -> int:
         """Size of the graph and its weights, tokenizer and configs not counted."""
         return sum(file.bytes for file in self.graph_files)
+
+    @property
+    def all_bits(self) -> float | None:
+        """Bits of its files for each parameter of the model; None where `stored` is."""
+        return None if self.stored is None else 8 * self.bytes / self.stored.parameters
 
     @property
     def graph_files(self) -> list[FileRecord]:

@@ -19,6 +19,11 @@ Flavor = Literal[
     "gguf-f16",
     "gguf-q8_0",
     "gguf-q4_0",
+    "gguf-q4_k_m",
+    "gguf-q3_k_m",
+    "gguf-q2_k",
+    "gguf-iq4_xs",
+    "gguf-original",
     "torch",
 ]
 KvCache = Literal["fp32", "int8"]

@@ -45,6 +45,26 @@ class MatrixRecord(Record):
     bytes: int
 
 
+class StoredRecord(Record):
+    """The matrices of a flavor, as its file has them: values, scales and zero points.
+
+    Attributes:
+        parameters: of the model, a head that is the token embedding counted once.
+        linear_weights, linear_bytes: of the blocks' linears.
+        head_bytes: of the matrix of the vocabulary.
+    """
+
+    parameters: int
+    linear_weights: int
+    linear_bytes: int
+    head_bytes: int
+
+    @property
+    def linear_bits(self) -> float:
+        """Bits of a weight of the blocks' linears."""
+        return 8 * self.linear_bytes / self.linear_weights
+
+
 class CacheRecord(Record):
     """A KV cache of 8-bit integers.
 

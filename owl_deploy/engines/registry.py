@@ -55,8 +55,11 @@ class EngineSpec:
         return runs
 
 
-_GGUF: dict[str, Flavor] = {"f16": "gguf-f16", "q8_0": "gguf-q8_0", "q4_0": "gguf-q4_0"}
-_LLAMA_CPP = Environment(
+_GGUF: tuple[Flavor, ...] = (
+    *("gguf-f16", "gguf-q8_0", "gguf-q4_0"),
+    *("gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k", "gguf-iq4_xs", "gguf-original"),
+)
+LLAMA_CPP = Environment(
     name="llama.cpp",
     pythons=("3.11", "3.12", "3.13", "3.10", "3.9", "3.8"),
     requirements=("llama-cpp-python==0.3.36",),
@@ -168,16 +171,16 @@ ENGINES = {
         ),
         *(
             EngineSpec(
-                name=f"llama.cpp-{weights}",
+                name=f"llama.cpp-{precision_of(flavor)}",
                 module="owl_deploy.engines.llama_cpp_engine",
                 class_name="LlamaCppEngine",
                 flavors=(flavor,),
-                environment=_LLAMA_CPP,
+                environment=LLAMA_CPP,
                 package="llama-cpp-python",
                 licence="MIT",
                 runs_batches=True,
             )
-            for weights, flavor in _GGUF.items()
+            for flavor in _GGUF
         ),
     )
 }

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from owl_deploy.engines.protocol import TokenIds
 from owl_deploy.errors import UserError
 from owl_deploy.files import read_json
-from owl_deploy.models.load import context_length, load_config, load_model, load_tokenizer
+from owl_deploy.models.load import context_of, load_config, load_model, load_tokenizer
 from owl_deploy.models.shards import as_bytes
 from owl_deploy.models.source import ModelSource
 from owl_deploy.models.structure import find_blocks, share_of_zeros
@@ -28,6 +28,7 @@ from owl_deploy.text.windows import TokenWindows, calibration_windows, check_win
 
 PARITY_TOKENS = 64
 _PARITY_SEED = 0
+_LARGE_BYTES = 1 << 30  # of weights as stored; a second Python takes a third of that
 _SAMPLES, _SEQLEN = 32, 512
 _OF_THE_FILE = {"_name_or_path", "transformers_version"}  # what a config says of where it came from
 
@@ -38,16 +39,32 @@ class OpenCheckpoint:
 
     Attributes:
         directory: its files, with a config that every exporter reads right.
-        model: in fp32.
-        ids: the sequence that logits are compared on.
         calibration: the text of `windows`.
     """
 
+    source: ModelSource
     directory: Path
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    ids: TokenIds
     calibration: Calibration = Calibration()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """In fp32. A large one is loaded when it is first needed, after the flavors that are written without it."""
+        return load_model(self.source, torch.float32)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return load_config(self.source.path)
+
+    @cached_property
+    def is_large(self) -> bool:
+        """Whether its memory counts: a small one may lie beside what other libraries make of it, and leave behind."""
+        return sum(file.stat().st_size for file in self.source.path.glob("*.safetensors")) > _LARGE_BYTES
+
+    @cached_property
+    def ids(self) -> TokenIds:
+        """The sequence that logits are compared on."""
+        return _parity_ids(self.tokenizer, self.config.vocab_size, context_of(self.config))
 
     @cached_property
     def windows(self) -> TokenWindows:
@@ -64,7 +81,7 @@ class OpenCheckpoint:
             seqlen=self.calibration.seqlen or (None if is_ids else _SEQLEN),
             seed=self.calibration.seed,
         )
-        check_windows(windows, vocabulary=self.model.config.vocab_size, context=context_length(self.model))
+        check_windows(windows, vocabulary=self.config.vocab_size, context=context_of(self.config))
         if len(windows.ids) < 2:
             raise UserError(f"{spec}: one window is too few to calibrate on; give two at least")
         return windows
@@ -97,10 +114,11 @@ def open_checkpoint(source: ModelSource, calibration: Calibration) -> Iterator[O
     Raises:
         UserError: it cannot be read.
     """
-    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
-    ids = _parity_ids(tokenizer, model.config.vocab_size, context_length(model))
     with _readable_by_exporters(source.path) as directory:
-        yield OpenCheckpoint(directory, model, tokenizer, ids, calibration)
+        checkpoint = OpenCheckpoint(source, directory, load_tokenizer(source), calibration)
+        if not checkpoint.is_large:
+            _ = checkpoint.model  # what is wrong with it is told before the work
+        yield checkpoint
 
 
 def _parity_ids(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, context: int | None) -> TokenIds:

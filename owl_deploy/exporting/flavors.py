@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
 from owl_deploy.bundle.names import Flavor
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine, RoundedOnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
+from owl_deploy.exporting.apart import apart
 from owl_deploy.exporting.cache import with_rounded_cache
 from owl_deploy.exporting.checkpoint import OpenCheckpoint
 from owl_deploy.exporting.graphs.dense import DenseGraph, audit_of
@@ -28,6 +30,8 @@ from owl_deploy.exporting.graphs.packed import write_packed
 from owl_deploy.exporting.graphs.standard import write_standard_flavor
 from owl_deploy.exporting.peers.genai import write_genai_int4, write_genai_int8
 from owl_deploy.exporting.peers.gguf import write_gguf
+from owl_deploy.exporting.peers.gguf_original import write_gguf_original
+from owl_deploy.exporting.peers.gguf_quantised import QuantisedWeights, write_gguf_quantised
 from owl_deploy.exporting.peers.openvino import write_openvino
 from owl_deploy.exporting.peers.torch import write_torch
 from owl_deploy.exporting.verify.parity import check_parity
@@ -101,15 +105,23 @@ class Packed:
 
 @dataclass(frozen=True)
 class Peer:
-    """What another engine runs, of weights as it stores them: `bench` compares its logits, with ONNX Runtime's."""
+    """What another engine runs, of weights as it stores them: `bench` compares its logits, with ONNX Runtime's.
 
-    write: Write
+    Attributes:
+        engine: see `Dense`.
+        calibrated: whether `write` takes windows of token ids too, [n, length].
+    """
+
+    write: Callable[..., tuple[str, str]]
     engine: type[OnnxRuntimeEngine] | None = None
-    """See `Dense`."""
+    calibrated: bool = False
 
     def make(self, checkpoint: OpenCheckpoint, out: Path, *, rounds_cache: bool = False) -> FlavorRecord:
-        """See `Dense.make`; nothing is checked here."""
-        source, note = self.write(checkpoint.directory, out, checkpoint.tokenizer is not None)
+        """See `Dense.make`; nothing is checked here. A large model is written by a process of its own."""
+        text = (checkpoint.windows.ids,) if self.calibrated else ()
+        inputs = (checkpoint.directory, out, checkpoint.tokenizer is not None, *text)
+        write = partial(apart, f"exporting {out.name}", self.write) if checkpoint.is_large else self.write
+        source, note = write(*inputs)
         record = FlavorRecord(source=source, note=note, parity=None, audit=None, files=[])
         if not rounds_cache or self.engine is None:
             return record
@@ -130,6 +142,11 @@ EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "gguf-f16": Peer(partial(write_gguf, weights="f16")),
     "gguf-q8_0": Peer(partial(write_gguf, weights="q8_0")),
     "gguf-q4_0": Peer(partial(write_gguf, weights="q4_0")),
+    **{
+        f"gguf-{weights}": Peer(partial(write_gguf_quantised, weights=weights), calibrated=True)
+        for weights in get_args(QuantisedWeights)
+    },
+    "gguf-original": Peer(write_gguf_original),
     "torch": Peer(write_torch),
 }
 
@@ -138,6 +155,12 @@ def can_round_cache(flavor: Flavor) -> bool:
     """Whether its keys and values can be kept in 8 bits."""
     exporter = EXPORTERS[flavor]
     return isinstance(exporter, Packed) or exporter.engine is not None
+
+
+def is_calibrated(flavor: Flavor) -> bool:
+    """Whether it is written by a text."""
+    exporter = EXPORTERS[flavor]
+    return isinstance(exporter, Peer) and exporter.calibrated
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from owl_deploy.bundle.names import Flavor, KvCache
 from owl_deploy.bundle.records import CacheRecord
 from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.exporting.checkpoint import OpenCheckpoint, open_checkpoint
-from owl_deploy.exporting.flavors import EXPORTERS, Packed, can_round_cache
+from owl_deploy.exporting.flavors import EXPORTERS, Packed, Peer, can_round_cache, is_calibrated
 from owl_deploy.exporting.graphs.dense import DenseGraph, lent_graph, written_graph
+from owl_deploy.exporting.stored import stored_in
 from owl_deploy.files import sha256, staged_addition, staged_directory, write_text
 from owl_deploy.models.load import architecture, context_length
 from owl_deploy.models.source import ModelSource
@@ -79,6 +80,8 @@ def export_checkpoint(
 
     place = staged_directory(out, manifest=MANIFEST) if there is None else staged_addition(out)
     with place as staging, open_checkpoint(source, calibration) as opened:
+        if rounding or any(is_calibrated(flavor) for flavor in flavors):
+            _ = opened.windows  # what is wrong with the text is told before the work
         # Read again, as another process could add to it until it was locked.
         there = _bundle_there(out, checkpoint_sha256, flavors, head, kv_cache, rounding)
         before = {} if there is None else there.flavors
@@ -183,7 +186,7 @@ def _make_flavors(
 
     packed = {flavor: exporter for flavor in flavors if isinstance(exporter := EXPORTERS[flavor], Packed)}
     with ThreadPoolExecutor(1) as beside:  # files are hashed beside the work on the next flavor
-        for flavor in flavors:
+        for flavor in sorted(flavors, key=lambda flavor: not isinstance(EXPORTERS[flavor], Peer)):  # without the model
             if not isinstance(exporter := EXPORTERS[flavor], Packed):
                 attempt(flavor, partial(exporter.make, checkpoint, rounds_cache=rounds_cache))
         if packed:
@@ -193,8 +196,16 @@ def _make_flavors(
                         attempt(flavor, partial(packer.make, checkpoint, dense, head, rounds_cache=rounds_cache))
             except UnsupportedFamily as error:
                 left_out |= dict.fromkeys(packed, str(error))
+    parameters = sum(values.numel() for values in checkpoint.model.parameters())
     finished = {
-        flavor: record.model_copy(update={"files": hashed[flavor].result()}) for flavor, record in records.items()
+        flavor: records[flavor].model_copy(
+            update={
+                "files": hashed[flavor].result(),
+                "stored": stored_in(staging / flavor, flavor, records[flavor], parameters),
+            }
+        )
+        for flavor in sorted(flavors, key=lambda flavor: flavor in packed)
+        if flavor in records
     }
     return finished, left_out
 

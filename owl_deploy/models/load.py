@@ -216,8 +216,13 @@ def require_tokenizer(
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence the model was made for, in tokens; None when its config names no limit."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return context_of(model.config)
+
+
+def context_of(config: Any) -> int | None:
+    """See `context_length`."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
 def architecture(model: PreTrainedModel) -> str:

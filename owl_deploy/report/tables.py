@@ -93,6 +93,12 @@ def _end_to_end(_: Series, row: Row) -> str:
     return f"{number(row.end_to_end_ms_p50)} ({number(row.end_to_end_tokens_per_s)})"
 
 
+def _bits(_: Series, row: Row) -> str:
+    if row.linear_bits is None or row.all_bits is None:
+        return MISSING
+    return f"{row.linear_bits:.2f} ({row.all_bits:.2f})"
+
+
 def _any_precision_differs(rows: Sequence[Row]) -> bool:
     """Whether a rounded dense row is faster than every exact one."""
     return any(row.speedup_any_precision != row.speedup_fastest_dense for row in rows if row.speedup_any_precision)
@@ -120,6 +126,7 @@ COLUMNS = (
     _speedup_column("speed-up over fastest dense of any precision", "speedup_any_precision", _any_precision_differs),
     Column("paper's Table 8", lambda _, row: ratio(row.paper_speedup), ("paper_speedup",)),
     Column("peak RSS", lambda _, row: size(row.peak_rss_bytes), ("peak_rss_bytes",)),
+    Column("bits a weight in linears (in all)", _bits, ("linear_bits", "all_bits")),
     Column("file size", lambda _, row: size(row.file_bytes), ("file_bytes",)),
 )
 

@@ -118,10 +118,7 @@ def _architecture(checkpoint: Path, config: PretrainedConfig) -> MODEL_ARCH:
 
 def _tensors(checkpoint: Path, model: PreTrainedModel, architecture: MODEL_ARCH, weights: GgufWeights) -> list[_Tensor]:
     """All that the file holds. A head that is the token embedding is not there twice."""
-    names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
-    parameters = {
-        names.get_name(name, try_suffixes=(".weight", ".bias")): values for name, values in model.named_parameters()
-    }
+    parameters = {tensor_name(model.config, name): values for name, values in model.named_parameters()}
     head = _HEAD if _HEAD in parameters else _EMBEDDING
     # The rotary embedding of `llama` turns pairs of neighbours, transformers' and `qwen2`'s pairs across the halves.
     pairs = _head_dim(model.config) if architecture is MODEL_ARCH.LLAMA else None
@@ -139,6 +136,13 @@ def _tensors(checkpoint: Path, model: PreTrainedModel, architecture: MODEL_ARCH,
             raise UnsupportedFamily(f"{checkpoint}: llama.cpp scales the rotary embedding of LLaMA only")
         tensors.append(_Tensor(_FREQUENCIES, factors, GGMLQuantizationType.F32))
     return tensors
+
+
+def tensor_name(config: PretrainedConfig, parameter: str) -> str:
+    """What llama.cpp calls a parameter of a model that `write_gguf` writes."""
+    names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    name: str = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+    return name
 
 
 def _stored_as(values: torch.Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -17,7 +17,12 @@ from owl_deploy.engines.protocol import Logits, TokenIds
 from owl_deploy.errors import CheckFailed, UnsupportedFamily, first_line
 
 TOLERANCE = 1e-2  # of a logit
-ROUNDED_TOLERANCE = {"f16": 0.05, "packed16": 0.05, "int8": 0.2, "q8_0": 0.2, "int4": 0.8, "q4_0": 0.8}
+ROUNDED_TOLERANCE = {
+    **dict.fromkeys(("f16", "packed16"), 0.05),
+    **dict.fromkeys(("int8", "q8_0", "original"), 0.2),
+    **dict.fromkeys(("int4", "q4_0", "q4_k_m", "iq4_xs"), 0.8),
+    **dict.fromkeys(("q3_k_m", "q2_k"), 1.0),
+}
 """How far logits may be from those of the unrounded weights, by how these are stored: the norm of the difference over
 that of the logits. Past it the engine does not run this model: logits of another one are at 1.4."""
 
