@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,10 +23,15 @@ from owl_deploy.engines.llama_cpp_engine import LlamaCppEngine
 from owl_deploy.engines.registry import installed_engines
 from owl_deploy.errors import UnsupportedFamily, UserError
 from owl_deploy.exporting.peers.gguf import GgufWeights, write_gguf
+from owl_deploy.exporting.peers.gguf_quantised import QuantisedWeights, write_gguf_quantised
+from owl_deploy.exporting.peers.importance import mean_squares
+from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.exporting.verify.parity import ROUNDED_TOLERANCE
 from owl_deploy.models.gguf import load_tokenizer, read_metadata
 from owl_deploy.models.load import load_model
 from owl_deploy.models.source import ModelSource
+from owl_deploy.pruning.plan import PruningPlan
+from owl_deploy.pruning.run import Calibration, prune_checkpoint
 
 from .conftest import RunCli, TinyModel, run_in
 
@@ -413,17 +418,163 @@ def test_a_bench_compares_llama_cpp_with_onnx_runtime_first(
     assert 0 < compared["llama.cpp-f16"] < compared["llama.cpp-q8_0"] < compared["llama.cpp-q4_0"]
 
 
-def test_the_three_engines_have_one_short_name_and_one_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_engines_have_one_short_name_and_one_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWL_DEPLOY_ENGINES", str(tmp_path))
     with pytest.raises(UserError, match=r"llama.cpp-f16: not installed; run: owl-deploy engines install llama.cpp$"):
         installed_engines("llama.cpp")
     monkeypatch.setattr(Environment, "is_ready", lambda _: True)
     specs = installed_engines("onnxruntime,llama.cpp")
-    assert [spec.name for spec in specs] == ["onnxruntime", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-q4_0"]
-    assert [spec.precision for spec in specs] == ["fp32", "f16", "q8_0", "q4_0"]
+    precisions = ["f16", "q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs", "original"]
+    assert [spec.name for spec in specs] == ["onnxruntime", *(f"llama.cpp-{name}" for name in precisions)]
+    assert [spec.precision for spec in specs] == ["fp32", *precisions]
     assert len({spec.environment for spec in specs}) == 2
+
+
+# -------------------- llama.cpp's own quantiser
+
+
+WIDE = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+TEXT = random_ids(4, CONTEXT)
+
+
+@torch.inference_mode()
+def test_importance_is_the_mean_square_of_each_input(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama", **SHAPE))
+    found = mean_squares(model, TEXT)
+    block = model.model.layers[0]
+    inputs = block.input_layernorm(model.model.embed_tokens(torch.from_numpy(TEXT))).flatten(0, 1)
+    expected = inputs.square().mean(dim=0).numpy()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert found[f"model.layers.0.self_attn.{name}"] == pytest.approx(expected, rel=1e-4)
+    assert found["model.layers.1.mlp.down_proj"].shape == (96,)
+    assert len(found) == 2 * 7
+
+
+def test_quantisers_are_those_of_an_installed_llama_cpp(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_DEPLOY_ENGINES", str(tmp_path))
+    with pytest.raises(UserError, match=r"writes this flavor itself, and is not installed; run: owl-deploy engines"):
+        write_gguf_quantised(tiny_model("llama", **SHAPE), tmp_path, False, TEXT, weights="q2_k")
+
+
+def quantised(checkpoint: Path, out: Path, weights: QuantisedWeights, text: NDArray[np.int64] = TEXT) -> str:
+    out.mkdir(parents=True)
+    _, note = write_gguf_quantised(checkpoint, out, False, text, weights=weights)
+    assert sorted(path.name for path in out.iterdir()) == ["model.gguf"]
+    return note
+
+
+def bits_of(path: Path) -> float:
+    """Of a weight of the blocks' matrices."""
+    matrices = [tensor for tensor in GGUFReader(path).tensors if "blk." in tensor.name and len(tensor.shape) > 1]
+    return 8 * sum(tensor.n_bytes for tensor in matrices) / float(sum(tensor.n_elements for tensor in matrices))
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpps_own_quantiser_writes_types_of_few_bits(
+    tmp_path: Path, tiny_model: TinyModel, llama_cpp_python: Path
+) -> None:
+    del llama_cpp_python
+    checkpoint = tiny_model("llama", **WIDE)
+    notes = {weights: quantised(checkpoint, tmp_path / weights, weights) for weights in get_args(QuantisedWeights)}
+    assert "Q4_K (" in notes["q4_k_m"]
+    assert "Q2_K (" in notes["q2_k"]
+    assert "IQ4_XS (" in notes["iq4_xs"]
+    assert all(note.endswith("importance matrix from 4 windows of 40 tokens") for note in notes.values())
+    bits = [bits_of(tmp_path / weights / "model.gguf") for weights in ("q4_k_m", "iq4_xs", "q3_k_m", "q2_k")]
+    assert bits == sorted(bits, reverse=True)
+    assert 2.5 < bits[-1] < bits[0] < 5.5
+
+
+@pytest.mark.llama_cpp
+def test_the_text_decides_what_is_rounded_how(tmp_path: Path, tiny_model: TinyModel, llama_cpp_python: Path) -> None:
+    del llama_cpp_python
+    checkpoint = tiny_model("llama", **WIDE)
+    texts = {"one": TEXT, "again": TEXT, "other": np.zeros_like(TEXT)}
+    for name, text in texts.items():
+        quantised(checkpoint, tmp_path / name, "q2_k", text)
+    one, again, other = ((tmp_path / name / "model.gguf").read_bytes() for name in texts)
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.llama_cpp
+def test_rows_that_are_no_multiple_of_256_fall_back(
+    tmp_path: Path, tiny_model: TinyModel, llama_cpp_python: Path
+) -> None:
+    del llama_cpp_python
+    note = quantised(tiny_model("llama", **SHAPE), tmp_path / "out", "q2_k")
+    assert "IQ4_NL" in note
+    assert bits_of(tmp_path / "out" / "model.gguf") >= 4.5
+
+
+@pytest.mark.llama_cpp
+def test_a_bench_runs_what_was_quantised(
+    tmp_path: Path, tiny_model: TinyModel, run_cli: RunCli, llama_cpp_python: Path
+) -> None:
+    del llama_cpp_python
+    checkpoint = tiny_model("llama", **WIDE)
+    np.save(tmp_path / "text.npy", TEXT)
+    for flavor in ("genai", "gguf-q4_k_m", "gguf-q2_k"):
+        ran = run_cli(
+            *("export", checkpoint, "-o", tmp_path / "bundle", "--flavor", flavor, "--quiet"),
+            *("--calibration", tmp_path / "text.npy"),
+        )
+        assert ran.code == 0, ran.stderr
+    ran = run_cli(
+        *("bench", tmp_path / "bundle", "--engines", "onnxruntime,llama.cpp", "--prompt", 24, "--new-tokens", 4),
+        *("--repetitions", 1, "--threads", 1, "--max-load", 99, "-o", tmp_path / "out", "--json", "--quiet"),
+    )
+    assert ran.code == 0, ran.stderr
+    rows = {row["engine"]: row for row in map(json.loads, ran.stdout.splitlines())}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    four, two = rows["llama.cpp-q4_k_m"], rows["llama.cpp-q2_k"]
+    assert 0 < four["parity"]["relative_difference"] < two["parity"]["relative_difference"]
+    assert 5.5 > four["linear_bits"] > two["linear_bits"]
+
+
+# -------------------- the file as it came
+
+
+@pytest.fixture(scope="module")
+def from_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> tuple[Path, Path]:
+    """A GGUF file, and the dense checkpoint that `prune` makes of it."""
+    folder = tmp_path_factory.mktemp("came")
+    path = write(tiny_model("llama", **SHAPE), folder, "q4_0").rename(folder / "came.gguf")
+    prune_checkpoint(ModelSource(str(path), path), folder / "dense", PruningPlan(0.0), Calibration())
+    return path, folder / "dense"
+
+
+def test_the_file_that_a_model_came_as_is_a_flavor(from_gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    path, dense = from_gguf
+    manifest = export_checkpoint(dense, tmp_path / "bundle", ["gguf-original"])
+    assert (tmp_path / "bundle" / "gguf-original" / "model.gguf").read_bytes() == path.read_bytes()
+    record = manifest.flavors["gguf-original"]
+    assert record.source == "came.gguf, as it came"
+    assert record.note == "matrices in Q4_0 (15), Q8_0 (1)"
+    assert record.stored is not None
+    assert record.stored.linear_bits == pytest.approx(4.5)
+
+
+def test_only_a_dense_checkpoint_of_a_file_that_is_still_there_has_that_flavor(
+    from_gguf: tuple[Path, Path], tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    path, dense = from_gguf
+    plan = PruningPlan(0.5, method="magnitude", allocation="uniform")
+    prune_checkpoint(ModelSource(str(path), path), tmp_path / "sparse", plan, Calibration())
+    for checkpoint in (tmp_path / "sparse", tiny_model("llama", **SHAPE)):
+        with pytest.raises(UnsupportedFamily, match="is not a GGUF file as it came; prune one with: --sparsity 0"):
+            export_checkpoint(checkpoint, tmp_path / "bundle", ["gguf-original"])
+    moved = path.rename(tmp_path / "moved.gguf")
+    try:
+        with pytest.raises(UnsupportedFamily, match=r"no GGUF file .*came\.gguf that it was made from; run this where"):
+            export_checkpoint(dense, tmp_path / "bundle", ["gguf-original"])
+        path.write_bytes(b"another model")
+        with pytest.raises(UnsupportedFamily, match="no GGUF file"):
+            export_checkpoint(dense, tmp_path / "bundle", ["gguf-original"])
+    finally:
+        moved.rename(path)
 
 
 def test_importing_the_engine_imports_no_framework() -> None:

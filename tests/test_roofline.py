@@ -11,13 +11,16 @@ from typing import Any
 import onnx
 import pytest
 
-from owl_deploy.bundle.manifest import read_bundle
+from owl_deploy.bundle.manifest import FlavorRecord, read_bundle
+from owl_deploy.bundle.records import StoredRecord
 from owl_deploy.cli import main
+from owl_deploy.engines.registry import ENGINES
 from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.machine.description import last_level_cache_bytes, read_bandwidth_gb_s
 from owl_deploy.records import read_record
 from owl_deploy.report.roofline.tables import notes, terminal_tables
 from owl_deploy.roofline import measure
+from owl_deploy.roofline.engines import least_bytes
 from owl_deploy.roofline.profile import by_operator, decoded
 from owl_deploy.roofline.records import FlavorFigures, Roofline
 from owl_deploy.roofline.traffic import KINDS, OTHER, kind_of, read_traffic
@@ -268,6 +271,60 @@ def test_tables_go_to_the_terminal(bundle: Path, run_cli: RunCli) -> None:
     assert "genai" not in ran.stdout
 
 
+# ---- Every engine ----
+
+
+def describe_stored(bundle: Path, stored: dict[str, int] | None) -> None:
+    described = json.loads((bundle / "bundle.json").read_text())
+    for record in described["flavors"].values():
+        record["stored"] = stored
+    (bundle / "bundle.json").write_text(json.dumps(described))
+
+
+def test_every_flavor_has_a_line_as_an_engine(roofline: Roofline) -> None:
+    assert [one.engine for one in roofline.engines] == [one.engine for one in roofline.flavors]
+    for engine, flavor in zip(roofline.engines, roofline.flavors, strict=True):
+        assert (engine.bytes, engine.measured_ms, engine.share) == (
+            flavor.token.bytes,
+            flavor.token.measured_ms,
+            flavor.token.share,
+        )
+
+
+def test_an_engine_without_operators_is_measured_by_the_bytes_of_its_file(
+    bundle: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    export_checkpoint(bundle.parent / "sparse", copied, ("genai-int8",))
+    asked = ("--flavor", "genai,genai-int8", "--past", PAST, "--new-tokens", NEW, "--rounds", 1, "--threads", 1)
+    ran = run_cli("roofline", copied, "-o", tmp_path / "out", *asked)
+    assert ran.code == 0, ran.stderr
+    found = read_record(tmp_path / "out" / "roofline.json", Roofline, mend="")
+    assert [one.flavor for one in found.flavors] == ["genai"]
+    dense, rounded = found.engines
+    stored = read_bundle(copied).flavors["genai-int8"].stored
+    assert stored is not None
+    assert (rounded.engine, rounded.kv_cache) == ("onnxruntime-int8", "fp32")
+    assert rounded.bytes == stored.linear_bytes + stored.head_bytes + stored.cache_values * PAST * 4
+    assert rounded.linear_bits == pytest.approx(9, rel=0.4)  # rows of 48 weights are padded to blocks of 32
+    assert dense.linear_bits == 32
+    assert rounded.share == pytest.approx(rounded.floor_ms / rounded.measured_ms)  # type: ignore[operator]
+    text = (tmp_path / "out" / "roofline.md").read_text()
+    assert "| onnxruntime-int8 | fp32 |" in text
+    assert "Of engines without a table of their own" in text
+
+
+def test_torch_is_counted_in_fp32_and_caches_as_engines_keep_them() -> None:
+    stored = StoredRecord(
+        parameters=40, linear_weights=30, linear_bytes=60, head_weights=10, head_bytes=20, cache_values=8
+    )
+    record = FlavorRecord(source="", note="", parity=None, audit=None, files=[], stored=stored)
+    assert least_bytes(record, ENGINES["torch"], 5, {}) == 4 * 40 + 8 * 5 * 4
+    assert least_bytes(record, ENGINES["llama.cpp-q4_0"], 5, {"kv_cache": "f16"}) == 80 + 8 * 5 * 2
+    assert least_bytes(record, ENGINES["openvino-int8"], 5, {"kv_cache_precision": "u8"}) == 80 + 8 * 5
+    assert least_bytes(record, ENGINES["openvino-int8"], 5) == 80
+
+
 # ---- What can be wrong ----
 
 
@@ -286,13 +343,16 @@ def refused(run_cli: RunCli, bundle: Path) -> Iterator[Any]:
 
 
 def test_a_flavor_is_one_that_can_be_measured(refused: Any) -> None:
-    assert "--flavor standard: choose from genai, sparse-packed32" in refused("--flavor", "standard")
+    assert "--flavor gguf: choose from standard, genai, sparse-packed32" in refused("--flavor", "gguf")
     assert "lacks sparse-packed16; add it with: owl-deploy export" in refused("--flavor", "genai,sparse-packed16")
 
 
 def test_a_bundle_without_such_a_flavor_says_what_to_add(refused: Any, tmp_path: Path, tiny_llama: Path) -> None:
     export_checkpoint(tiny_llama, tmp_path / "bundle", ("standard",))
+    describe_stored(tmp_path / "bundle", None)
     assert "holds standard and lacks a sparse or a genai flavor" in refused(bundle=tmp_path / "bundle")
+    older = "an older owl-deploy made it, without the sizes of its matrices; export the model again"
+    assert older in refused("--flavor", "standard", bundle=tmp_path / "bundle")
 
 
 def test_what_is_no_bundle_is_named(refused: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from owl_deploy.bundle.names import model_file
+from owl_deploy.bundle.names import Flavor, model_file
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.protocol import Logits
@@ -22,9 +22,11 @@ from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.exporting.verify.parity import compare
 from owl_deploy.pruning.methods.magnitude import magnitude_mask
+from owl_deploy.pruning.run import Calibration
 
 _IDS = list(range(1, 2 * DECODED_TOKENS + 1))
 _TIMEOUT_S = 60.0
+_INSTEAD: dict[Flavor, Flavor] = {"gguf-original": "gguf-f16"}  # a made-up model came as no file
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def examine(specs: Sequence[EngineSpec]) -> Iterator[Diagnosis]:
     with tempfile.TemporaryDirectory(prefix="owl-deploy-doctor-") as folder:
         checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
         _write_checkpoint(checkpoint)
+        text = Path(folder) / "text.npy"
+        np.save(text, [_IDS, _IDS[::-1]])
         reference = engine_spec("onnxruntime")
         expected = None
         for spec in [reference, *(spec for spec in specs if spec != reference)]:
@@ -53,10 +57,10 @@ def examine(specs: Sequence[EngineSpec]) -> Iterator[Diagnosis]:
             if problem is not None:
                 yield Diagnosis(spec.name, "missing", problem)
                 continue
-            flavor = spec.flavors[0]
+            flavor = _INSTEAD.get(spec.flavors[0], spec.flavors[0])
             start = time.perf_counter()
             try:
-                export_checkpoint(checkpoint, bundle, [flavor])
+                export_checkpoint(checkpoint, bundle, [flavor], calibration=Calibration(str(text)))
                 start = time.perf_counter()
                 logits = _logits(spec, bundle / flavor / model_file(flavor))
                 if expected is None:

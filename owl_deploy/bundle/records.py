@@ -51,13 +51,16 @@ class StoredRecord(Record):
     Attributes:
         parameters: of the model, a head that is the token embedding counted once.
         linear_weights, linear_bytes: of the blocks' linears.
-        head_bytes: of the matrix of the vocabulary.
+        head_weights, head_bytes: of the matrix of the vocabulary.
+        cache_values: numbers that a token's keys and values are, in all blocks.
     """
 
     parameters: int
     linear_weights: int
     linear_bytes: int
+    head_weights: int
     head_bytes: int
+    cache_values: int
 
     @property
     def linear_bits(self) -> float:

@@ -19,7 +19,7 @@ def roofline(
     bundle: Annotated[Path, typer.Argument(help="Bundle that `export` wrote.")],
     flavor: Annotated[
         Optional[str],
-        typer.Option(help="Comma-separated: genai, sparse-int8, … Default: every sparse flavor, and genai."),
+        typer.Option(help="Comma-separated: genai, sparse-int8, gguf-q4_0, … Default: all whose engines are here."),
     ] = None,
     output: Annotated[
         Optional[Path],
@@ -37,15 +37,15 @@ def roofline(
 ) -> None:
     """Compare the time to decode a token with the least time in which memory can deliver the weights.
 
-    Measures the memory bandwidth, then times the engine of each flavor, and each operator in it. The result shows how
-    far decode is from the limit of the memory, which matrices are furthest from it, and how much time is spent on
-    everything else.
+    Measures the memory bandwidth, then times the engine of each flavor: which share of the bandwidth it reaches, by the
+    bytes of its file. Of genai and sparse flavors it times each operator too. The result shows how far decode is from
+    the limit of the memory, which matrices are furthest from it, and how much time is spent on everything else.
 
     Examples:
 
         owl-deploy roofline bundle
 
-        owl-deploy roofline bundle --flavor sparse-int8,genai --threads 1 --matrices
+        owl-deploy roofline bundle --flavor sparse-int8,genai,gguf-q4_0 --threads 1 --matrices
 
         owl-deploy roofline bundle --past 1023 -o roofline --json
     """

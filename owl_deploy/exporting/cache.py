@@ -39,14 +39,10 @@ def with_rounded_cache(
         CheckFailed: the logits are further from torch's than rounding the cache explains.
     """
     fitted, held = held_out(checkpoint.windows.ids)
-    largest: Largest = {}
-    before = [*_losses(out / GRAPH, engine_class, fitted, largest), *_losses(out / GRAPH, engine_class, held)]
-    round_cache(out / GRAPH, largest)
-    cache = CacheRecord(
-        text=checkpoint.windows.record,
-        perplexity=perplexity_of(_losses(out / GRAPH, engine_class, held)),
-        perplexity_exact=perplexity_of(before[len(fitted) :]),
-    )
+    exact = _perplexity(out / GRAPH, engine_class, held)
+    round_cache(out / GRAPH, _largest(out / GRAPH, engine_class, fitted))
+    rounded = _perplexity(out / GRAPH, engine_class, held)
+    cache = CacheRecord(text=checkpoint.windows.record, perplexity=rounded, perplexity_exact=exact)
     parity = record.parity
     if parity is not None:
         parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids, engine_class, rounded_cache=True)
@@ -54,15 +50,23 @@ def with_rounded_cache(
     return record.model_copy(update={"parity": parity, "kv_cache": cache, "note": note})
 
 
-def _losses(
-    graph: Path, engine_class: type[OnnxRuntimeEngine], windows: NDArray[np.int64], largest: Largest | None = None
-) -> list[float]:
-    """The loss of each window [n, length]; with `largest`, the magnitudes of what the caches then hold go there."""
-    engine = engine_class(graph, threads=torch.get_num_threads(), context=windows.shape[1], rearrange=False)
-    losses = []
+def _perplexity(graph: Path, engine_class: type[OnnxRuntimeEngine], windows: NDArray[np.int64]) -> float:
+    """Of windows [n, length], as `bench` computes it."""
+    engine = _load(graph, engine_class, windows)
+    return perplexity_of([window_loss(engine, window) for window in windows])
+
+
+def _largest(graph: Path, engine_class: type[OnnxRuntimeEngine], windows: NDArray[np.int64]) -> Largest:
+    """The magnitudes that keys and values of windows [n, length] reach, [heads, channels], by their cache."""
+    engine = _load(graph, engine_class, windows)
+    largest: Largest = {}
     for window in windows:
-        losses.append(window_loss(engine, window))
-        for name, cached in engine.cached().items() if largest is not None else ():
-            found = np.abs(cached[0]).max(axis=1)
-            largest[name] = np.maximum(largest.get(name, 0), found)
-    return losses
+        engine.score(window[None])
+        for name, (cached,) in engine.cached().items():
+            found = np.abs(cached).max(axis=1)
+            largest[name] = np.maximum(largest[name], found) if name in largest else found
+    return largest
+
+
+def _load(graph: Path, engine_class: type[OnnxRuntimeEngine], windows: NDArray[np.int64]) -> OnnxRuntimeEngine:
+    return engine_class(graph, threads=torch.get_num_threads(), context=windows.shape[1], rearrange=False)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from owl_deploy.exporting.graphs.standard import write_standard_flavor
 from owl_deploy.exporting.peers.genai import write_genai_int4, write_genai_int8
 from owl_deploy.exporting.peers.gguf import write_gguf
 from owl_deploy.exporting.peers.gguf_original import write_gguf_original
-from owl_deploy.exporting.peers.gguf_quantised import QuantisedWeights, write_gguf_quantised
+from owl_deploy.exporting.peers.gguf_quantised import write_gguf_quantised
 from owl_deploy.exporting.peers.openvino import write_openvino
 from owl_deploy.exporting.peers.torch import write_torch
 from owl_deploy.exporting.verify.parity import check_parity
@@ -142,10 +141,10 @@ EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "gguf-f16": Peer(partial(write_gguf, weights="f16")),
     "gguf-q8_0": Peer(partial(write_gguf, weights="q8_0")),
     "gguf-q4_0": Peer(partial(write_gguf, weights="q4_0")),
-    **{
-        f"gguf-{weights}": Peer(partial(write_gguf_quantised, weights=weights), calibrated=True)
-        for weights in get_args(QuantisedWeights)
-    },
+    "gguf-q4_k_m": Peer(partial(write_gguf_quantised, weights="q4_k_m"), calibrated=True),
+    "gguf-q3_k_m": Peer(partial(write_gguf_quantised, weights="q3_k_m"), calibrated=True),
+    "gguf-q2_k": Peer(partial(write_gguf_quantised, weights="q2_k"), calibrated=True),
+    "gguf-iq4_xs": Peer(partial(write_gguf_quantised, weights="iq4_xs"), calibrated=True),
     "gguf-original": Peer(write_gguf_original),
     "torch": Peer(write_torch),
 }

@@ -196,12 +196,11 @@ def _make_flavors(
                         attempt(flavor, partial(packer.make, checkpoint, dense, head, rounds_cache=rounds_cache))
             except UnsupportedFamily as error:
                 left_out |= dict.fromkeys(packed, str(error))
-    parameters = sum(values.numel() for values in checkpoint.model.parameters())
     finished = {
         flavor: records[flavor].model_copy(
             update={
                 "files": hashed[flavor].result(),
-                "stored": stored_in(staging / flavor, flavor, records[flavor], parameters),
+                "stored": stored_in(staging / flavor, flavor, records[flavor], checkpoint.model),
             }
         )
         for flavor in sorted(flavors, key=lambda flavor: flavor in packed)

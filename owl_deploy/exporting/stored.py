@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import onnx
 from gguf import GGUFReader
 from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
 
 from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
 from owl_deploy.bundle.names import Flavor, model_file
@@ -23,6 +24,7 @@ from owl_deploy.bundle.records import StoredRecord
 from owl_deploy.sparse.formats import SPARSE_OPERATOR
 
 _OF_A_BLOCK = re.compile(r"\.\d+[./]")
+_PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm"})
 _DECOMPRESSION = frozenset({"Convert", "Subtract", "Multiply", "Reshape", "Transpose"})
 _BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _GGUF_BLOCK, _GGUF_HEAD, _GGUF_EMBEDDING = "blk.", "output.weight", "token_embd.weight"
@@ -37,8 +39,8 @@ class _Matrix:
     bytes: int
 
 
-def stored_in(folder: Path, flavor: Flavor, record: FlavorRecord, parameters: int) -> StoredRecord:
-    """What the file of a flavor in `folder` holds, of a model with so many parameters."""
+def stored_in(folder: Path, flavor: Flavor, record: FlavorRecord, model: PreTrainedModel) -> StoredRecord:
+    """What the file of a flavor of this model, in `folder`, holds."""
     if flavor.startswith("gguf"):
         matrices = _in_gguf(folder / model_file(flavor))
     elif flavor.startswith("openvino"):
@@ -47,21 +49,34 @@ def stored_in(folder: Path, flavor: Flavor, record: FlavorRecord, parameters: in
         matrices = _in_safetensors(sorted(folder.glob("*.safetensors")))
     else:
         matrices = _in_onnx(folder / GRAPH, record)
-    linears, others = [], []
+    linears: list[_Matrix] = []
+    others: list[_Matrix] = []
     for matrix in matrices:
         (linears if _OF_A_BLOCK.search(matrix.name) else others).append(matrix)
     return StoredRecord(
-        parameters=parameters,
+        parameters=sum(values.numel() for values in model.parameters()),
         linear_weights=sum(matrix.weights for matrix in linears),
         linear_bytes=sum(matrix.bytes for matrix in linears),
+        head_weights=sum(matrix.weights for matrix in others),
         head_bytes=sum(matrix.bytes for matrix in others),
+        cache_values=_cache_values(model.config.get_text_config()),
     )
 
 
+def _cache_values(config: PretrainedConfig) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_size)
+
+
 def _in_onnx(graph: Path, record: FlavorRecord) -> Iterator[_Matrix]:
-    """The constant matrices of a graph's products; how packed ones are stored is what their record says."""
+    """The constant matrices of a graph's products; how packed ones are stored is what their record says.
+
+    Of dense ones in blocks only what the audit found: a graph may turn heads by small matrices of its own.
+    """
     model = onnx.load(str(graph), load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    audited = {place.partition("[")[0] for place in record.audit.linears.values()} if record.audit else set()
     packed = {matrix.name: matrix for matrix in record.packed.matrices} if record.packed else {}
     for node in model.graph.node:
         read = [tensors[name] for name in node.input[1:] if name in tensors]
@@ -73,12 +88,13 @@ def _in_onnx(graph: Path, record: FlavorRecord) -> Iterator[_Matrix]:
         elif node.op_type == "MatMulNBits":
             sizes = {attribute.name: attribute.i for attribute in node.attribute}
             yield _Matrix(node.name, sizes["K"] * sizes["N"], sum(_bytes_of(tensor) for tensor in read))
-        elif node.op_type in ("MatMul", "FusedMatMul", "Gemm") and len(read[0].dims) == 2:
+        elif node.op_type in _PRODUCTS and (read[0].name in audited or not _OF_A_BLOCK.search(node.name)):
             yield _Matrix(node.name, math.prod(read[0].dims), _bytes_of(read[0]))
 
 
 def _bytes_of(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    size: int = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return size
 
 
 def _in_gguf(path: Path) -> Iterator[_Matrix]:

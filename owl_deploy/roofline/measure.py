@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl_deploy.benchmarking.run import random_prompt
-from owl_deploy.bundle.manifest import GRAPH, BundleManifest, read_bundle
-from owl_deploy.bundle.names import FLAVORS, Flavor, weights_of
+from owl_deploy.bundle.manifest import GRAPH, BundleManifest, FlavorRecord, read_bundle
+from owl_deploy.bundle.names import FLAVORS, Flavor, model_file, weights_of
 from owl_deploy.bundle.verify import verify_files
 from owl_deploy.engines.client import EngineFailed, EngineProcess
 from owl_deploy.engines.registry import ENGINES, EngineSpec
@@ -24,6 +24,7 @@ from owl_deploy.machine.description import (
 )
 from owl_deploy.machine.threads import available_cores
 from owl_deploy.reporting import Reporter
+from owl_deploy.roofline.engines import engine_of, engines_of, least_bytes, whole_engine
 from owl_deploy.roofline.profile import Profile, by_operator, profile_decode
 from owl_deploy.roofline.records import BandwidthRecord, FlavorFigures, KindFigures, MatrixFigures, Roofline
 from owl_deploy.roofline.traffic import KINDS, Matrix, Traffic, read_traffic
@@ -31,7 +32,8 @@ from owl_deploy.sparse.library import library_path
 
 ATTENTION, REST, MATRICES, TOKEN = "attention, KV cache", "other operators", "all matrices", "whole token"
 
-SUPPORTED: tuple[Flavor, ...] = tuple(flavor for flavor in FLAVORS if flavor == "genai" or weights_of(flavor))
+DETAILED: tuple[Flavor, ...] = tuple(flavor for flavor in FLAVORS if flavor == "genai" or weights_of(flavor))
+"""Those that are measured operator by operator too."""
 
 _CACHES_IN_MEMORY_SET = 4  # as large a set, in caches, as hardly any of is found in one
 _WARM_UP_TOKENS = 8
@@ -59,7 +61,7 @@ class _Roof:
 
 
 def measure_roofline(bundle: Path, wanted: Sequence[str] | None, request: Request, *, reporter: Reporter) -> Roofline:
-    """The roofline of a bundle's flavors; by default of its sparse ones and of genai.
+    """The roofline of a bundle's flavors; by default of all whose engines are installed.
 
     Raises:
         UserError: the bundle is not one, it has no such flavor, or the request exceeds the machine or the model.
@@ -67,25 +69,38 @@ def measure_roofline(bundle: Path, wanted: Sequence[str] | None, request: Reques
     """
     manifest = read_bundle(bundle)
     flavors = _flavors(bundle, manifest, wanted)
+    others = [spec for flavor in flavors if flavor not in DETAILED for spec in engines_of(flavor)]
     for flavor in flavors:
         verify_files(bundle, manifest.flavors[flavor].files)
     _check(manifest, request)
     if any(weights_of(flavor) for flavor in flavors):
         library_path()  # that it is missing is said before anything is measured
-    traffic = {flavor: read_traffic(bundle, flavor, manifest.flavors[flavor], request.past) for flavor in flavors}
+    traffic = {
+        flavor: read_traffic(bundle, flavor, manifest.flavors[flavor], request.past)
+        for flavor in flavors
+        if flavor in DETAILED
+    }
 
     other_load_cores = busy_cores(_BUSY_S)
     if other_load_cores > _BUSY_CORES:
         reporter.warn(f"other processes keep {other_load_cores:.1f} cores busy: all that follows is slower for it")
     cache_bytes = last_level_cache_bytes()
     memory_set = max(MEMORY_SET_BYTES, _CACHES_IN_MEMORY_SET * (cache_bytes or 0))
-    sets = {memory_set} | {min(read.bytes, memory_set) for read in traffic.values()}
+    least = (least_bytes(manifest.flavors[spec.flavors[0]], spec, request.past) for spec in others)
+    sets = {memory_set} | {min(size, memory_set) for size in (*(read.bytes for read in traffic.values()), *least)}
     bandwidth = _bandwidth(sorted(sets, reverse=True), request.threads, reporter)
-    figures = []
+    figures, engines = [], []
     for flavor, read in traffic.items():
         roof = _Roof(*(_highest(bandwidth, size, request) for size in (min(read.bytes, memory_set), memory_set)))
         fits_cache = cache_bytes is not None and read.bytes < cache_bytes
         figures.append(_measure_flavor(bundle, manifest, flavor, read, request, roof, fits_cache, reporter=reporter))
+        engines.append(engine_of(figures[-1], manifest.flavors[flavor]))
+    for spec in others:
+        decode_ms, facts = _decode(spec, bundle, random_prompt(manifest.vocabulary, request.past), request, reporter)
+        token_ms = statistics.median(sample for samples in decode_ms for sample in samples)
+        size = least_bytes(manifest.flavors[spec.flavors[0]], spec, request.past, facts)
+        gb_s = _highest(bandwidth, min(size, memory_set), request)
+        engines.append(whole_engine(spec, manifest.flavors[spec.flavors[0]], size, token_ms, gb_s, facts))
     return Roofline(
         model=manifest.model,
         bundle=str(bundle),
@@ -102,14 +117,25 @@ def measure_roofline(bundle: Path, wanted: Sequence[str] | None, request: Reques
         memory_set_bytes=memory_set,
         bandwidth=bandwidth,
         flavors=figures,
+        engines=engines,
     )
 
 
 def _flavors(bundle: Path, manifest: BundleManifest, wanted: Sequence[str] | None) -> list[Flavor]:
+    """Those that were asked for; else all that can be measured here.
+
+    Raises:
+        UserError: one is unknown, missing or without an engine, or there is none.
+    """
     for name in wanted or ():
-        if name not in SUPPORTED:
-            raise UserError(f"--flavor {name}: choose from {', '.join(SUPPORTED)}")
-    found = [flavor for flavor in SUPPORTED if flavor in manifest.flavors and flavor in (wanted or SUPPORTED)]
+        if name not in FLAVORS:
+            raise UserError(f"--flavor {name}: choose from {', '.join(FLAVORS)}")
+    held = [flavor for flavor in FLAVORS if flavor in manifest.flavors and flavor in (wanted or FLAVORS)]
+    problems = {flavor: _problem(flavor, manifest.flavors[flavor]) for flavor in held}
+    for flavor in held if wanted else ():
+        if (problem := problems[flavor]) is not None:
+            raise UserError(f"{bundle / flavor}: {problem}")
+    found = [flavor for flavor in held if problems[flavor] is None]
     missing = set(wanted or ()) - set(found)
     if missing or not found:
         lacks = ", ".join(sorted(missing)) or "a sparse or a genai flavor"
@@ -118,6 +144,20 @@ def _flavors(bundle: Path, manifest: BundleManifest, wanted: Sequence[str] | Non
             f"owl-deploy export CHECKPOINT -o {bundle}"
         )
     return found
+
+
+def _problem(flavor: Flavor, record: FlavorRecord) -> str | None:
+    """Why it cannot be measured here; None if it can."""
+    if flavor in DETAILED:
+        return None
+    if record.stored is None:
+        return "an older owl-deploy made it, without the sizes of its matrices; export the model again"
+    if not engines_of(flavor):
+        problems = (
+            spec.environment.problem() for spec in ENGINES.values() if spec.flavors[0] == flavor and spec.environment
+        )
+        return f"its engine is {next(problems)}"
+    return None
 
 
 def _check(manifest: BundleManifest, request: Request) -> None:
@@ -162,8 +202,7 @@ def _measure_flavor(
     spec = next(spec for spec in ENGINES.values() if spec.flavors[0] == flavor)
     graph = bundle / flavor / GRAPH
     prompt = random_prompt(manifest.vocabulary, request.past)
-    reporter.step(f"{flavor}: {request.rounds} times {request.new_tokens} tokens")
-    decode_ms, facts = _decode(spec, graph, prompt, request)
+    decode_ms, facts = _decode(spec, bundle, prompt, request, reporter)
     reporter.step(f"{flavor}: operator by operator")
     profile = profile_decode(
         spec,
@@ -214,9 +253,11 @@ def _between_ms(token_ms: float, matrices_ms: float | None, others_ms: float, pr
 
 
 def _decode(
-    spec: EngineSpec, graph: Path, prompt: list[int], request: Request
+    spec: EngineSpec, bundle: Path, prompt: list[int], request: Request, reporter: Reporter
 ) -> tuple[list[list[float]], dict[str, object]]:
     """Milliseconds of each token after the first, round by round, and what the engine says of itself."""
+    reporter.step(f"{spec.name}: {request.rounds} times {request.new_tokens} tokens")
+    graph = bundle / spec.flavors[0] / model_file(spec.flavors[0])
     context = request.past + max(request.new_tokens, _WARM_UP_TOKENS)
     try:
         with EngineProcess(spec, request.threads) as process:

@@ -98,6 +98,22 @@ class FlavorFigures(Record):
         return self.matrices.measured_ms + self.outside_ms
 
 
+class EngineFigures(Figures):
+    """One engine, as a whole: what a token reads of its file and its cache, and how long it takes.
+
+    Attributes:
+        kv_cache: how it keeps keys and values.
+        linear_bits: bits of a weight of the blocks' linears in the file; null in a bundle of an older owl-deploy.
+        bandwidth_gb_s: as of `FlavorFigures`.
+    """
+
+    engine: str
+    flavor: str
+    kv_cache: str
+    linear_bits: float | None
+    bandwidth_gb_s: float
+
+
 class Roofline(Record):
     """The whole of `roofline.json`.
 
@@ -105,9 +121,11 @@ class Roofline(Record):
         past, new_tokens: tokens of the prompt, and generated after it.
         cache_bytes: the last-level cache; null if the system does not tell.
         other_load_cores: cores that other processes kept busy before measuring began.
+        flavors: of our own environment, operator by operator.
+        engines: all that were measured, those of `flavors` too.
     """
 
-    schema_version: int = 1
+    schema_version: int = 2
     owl_deploy_version: str = __version__
     model: str
     bundle: str
@@ -124,3 +142,4 @@ class Roofline(Record):
     memory_set_bytes: int
     bandwidth: list[BandwidthRecord]
     flavors: list[FlavorFigures]
+    engines: list[EngineFigures]

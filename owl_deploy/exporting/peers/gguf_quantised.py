@@ -10,8 +10,9 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def write_gguf_quantised(
     with tempfile.TemporaryDirectory(dir=out, prefix=".quantise-") as temporary:
         folder = Path(temporary)
         made_by, _ = write_gguf(checkpoint, folder, has_tokenizer, weights="f16")
-        np.savez(folder / "importance.npz", **_importance(checkpoint, ids))
+        importance: dict[str, Any] = _importance(checkpoint, ids.tobytes(), ids.shape[1])
+        np.savez(folder / "importance.npz", **importance)
         command = [
             *(str(LLAMA_CPP.interpreter), str(_SCRIPT), str(folder / _MODEL), str(out / _MODEL)),
             *(str(int(_FILE_TYPES[weights])), str(folder / "importance.npz"), str(torch.get_num_threads())),
@@ -77,8 +79,9 @@ def types_in(path: Path) -> str:
     return "matrices in " + ", ".join(f"{kind} ({count})" for kind, count in matrices.most_common())
 
 
-def _importance(checkpoint: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+@lru_cache(maxsize=1)  # for the flavors of one checkpoint
+def _importance(checkpoint: Path, ids: bytes, length: int) -> dict[str, NDArray[np.float32]]:
     """The mean squares of each matrix's inputs, [in], by its name in the file."""
     model = load_model(ModelSource(os.fspath(checkpoint), checkpoint), torch.float32)
-    found = mean_squares(model, ids)
+    found = mean_squares(model, np.frombuffer(ids, np.int64).reshape(-1, length).copy())
     return {tensor_name(model.config, f"{path}.weight"): squares for path, squares in found.items()}

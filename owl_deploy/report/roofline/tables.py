@@ -9,7 +9,7 @@ from rich.text import Text
 
 from owl_deploy.formatting import MISSING, escaped, number, percent
 from owl_deploy.grid import Grid, Heading
-from owl_deploy.roofline.records import FlavorFigures, KindFigures, MatrixFigures, Roofline
+from owl_deploy.roofline.records import Figures, FlavorFigures, KindFigures, Roofline
 
 Cells = tuple[str, ...]
 
@@ -18,12 +18,14 @@ _STEADY = 0.1  # of a token, that its parts may differ by
 _FIGURES = ("MB/token", "floor ms", "measured ms", "GB/s", "share of bandwidth")
 _KIND_COLUMNS = ("kind", "matrices", "format", *_FIGURES)
 _MATRIX_COLUMNS = ("matrix", "kind", "rows x columns", "format", *_FIGURES)
-_TEXT_COLUMNS = {"kind", "matrix", "format", "rows x columns", "set read"}
+_ENGINE_COLUMNS = ("engine", "KV cache", "bits a weight in linears", *_FIGURES)
+_TEXT_COLUMNS = {"kind", "matrix", "format", "rows x columns", "set read", "engine", "KV cache"}
 
 
 def terminal_tables(roofline: Roofline, *, matrices: bool) -> RenderableType:
     """The bandwidth, a table for each flavor, and notes; with `matrices` also a line for every matrix."""
     parts: list[RenderableType] = [_grid(*_bandwidth_table(roofline)).on_terminal("read bandwidth, GB/s")]
+    parts.append(_grid(_ENGINE_COLUMNS, [_engine_rows(roofline)]).on_terminal("engines"))
     for flavor in roofline.flavors:
         parts.append(_grid(_KIND_COLUMNS, _sections(flavor)).on_terminal(_title(flavor, roofline)))
         if matrices:
@@ -42,6 +44,8 @@ def markdown(roofline: Roofline, *, matrices: bool, plot: str) -> str:
         f"![Lowest possible and measured time of a token]({plot})",
         "## Read bandwidth, GB/s",
         _grid(*_bandwidth_table(roofline)).in_markdown(),
+        "## Engines",
+        _grid(_ENGINE_COLUMNS, [_engine_rows(roofline)]).in_markdown(),
     ]
     for flavor in roofline.flavors:
         parts += [f"## {_title(flavor, roofline)}", _grid(_KIND_COLUMNS, _sections(flavor)).in_markdown()]
@@ -58,6 +62,11 @@ def notes(roofline: Roofline) -> Iterator[str]:
         "and 1e9 bytes. Times are medians: of the whole token in the engine's own process, of each operator in ONNX "
         "Runtime's profile of it, less what profiling costs."
     )
+    if len(roofline.engines) > len(roofline.flavors):
+        yield (
+            "Of engines without a table of their own the bytes are those of the file's matrices and of the cache: what "
+            "they make of the file when they load it is not known. torch is counted in fp32, as it runs."
+        )
     if roofline.other_load_cores >= 0.5:
         yield f"Other processes kept {roofline.other_load_cores:.1f} cores busy: measure again on a quiet machine."
     for flavor in roofline.flavors:
@@ -122,6 +131,19 @@ def _set_name(set_bytes: int, roofline: Roofline) -> str:
     return f"{set_bytes / 1e6:.0f} MB ({', '.join(memory + users)})"
 
 
+def _engine_rows(roofline: Roofline) -> list[Cells]:
+    """The fastest first."""
+    return [
+        (
+            one.engine,
+            one.kv_cache,
+            MISSING if one.linear_bits is None else f"{one.linear_bits:.2f}",
+            *_figure_cells(one),
+        )
+        for one in sorted(roofline.engines, key=lambda one: one.measured_ms or 0.0)
+    ]
+
+
 def _sections(flavor: FlavorFigures) -> list[list[Cells]]:
     """The rows of a flavor's table, between rules."""
     outside = [
@@ -153,7 +175,7 @@ def _time_cells(kind: str, measured_ms: float | None) -> Cells:
     return kind, "", "", "", "", number(measured_ms), "", ""
 
 
-def _figure_cells(one: KindFigures | MatrixFigures) -> Cells:
+def _figure_cells(one: Figures) -> Cells:
     share = MISSING if one.share is None else percent(round(one.share, 2))
     return number(one.bytes / 1e6), number(one.floor_ms), number(one.measured_ms), number(one.gb_s), share
 
