@@ -505,7 +505,7 @@ def test_rows_that_are_no_multiple_of_256_fall_back(
 ) -> None:
     del llama_cpp_python
     note = quantised(tiny_model("llama", **SHAPE), tmp_path / "out", "q2_k")
-    assert "IQ4_NL" in note
+    assert "_K (" not in note
     assert bits_of(tmp_path / "out" / "model.gguf") >= 4.5
 
 
@@ -528,7 +528,7 @@ def test_a_bench_runs_what_was_quantised(
     )
     assert ran.code == 0, ran.stderr
     rows = {row["engine"]: row for row in map(json.loads, ran.stdout.splitlines())}
-    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert [row["error"] for row in rows.values()] == [None] * 3
     four, two = rows["llama.cpp-q4_k_m"], rows["llama.cpp-q2_k"]
     assert 0 < four["parity"]["relative_difference"] < two["parity"]["relative_difference"]
     assert 5.5 > four["linear_bits"] > two["linear_bits"]

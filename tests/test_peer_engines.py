@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,14 @@ from owl_deploy.engines.registry import ENGINES, installed_engines
 from owl_deploy.errors import UserError
 from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.exporting.verify.parity import compare
+from owl_deploy.pruning.run import Calibration
 
 from .conftest import VOCABULARY, RunCli, TinyModel, run_in
 
 PROMPT, LENGTH = 16, 24
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 OWN = ("onnxruntime-int8", "onnxruntime-int4", "torch", "torch-compiled")
-OPENVINO = ("openvino", "openvino-int8", "openvino-int4")
+OPENVINO = ("openvino", "openvino-int8", "openvino-int4", "openvino-int8-sparse")
 EVERY = [*OWN, *(pytest.param(name, marks=pytest.mark.openvino) for name in OPENVINO)]
 
 # Logits of two sequences, each with its first tokens at once (the last of them prefilled) and the rest one by one: in
@@ -67,10 +69,12 @@ class Peers:
         self.bundle = folder / "bundle"
         self._folder = folder
         self._computed: dict[str, Computed] = {}
+        self._text = Calibration(str(folder / "text.npy"))
+        np.save(self._text.spec, np.random.default_rng(2).integers(0, VOCABULARY, (4, LENGTH)))
         export_checkpoint(checkpoint, self.bundle, ("genai",))
 
     def flavor(self, name: Flavor) -> Path:
-        export_checkpoint(self.checkpoint, self.bundle, (name,))
+        export_checkpoint(self.checkpoint, self.bundle, (name,), calibration=self._text)
         return self.bundle / name
 
     def computed(self, name: str) -> Computed:
@@ -161,6 +165,9 @@ def test_engines_say_what_they_are(engine: str, computed: Computed) -> None:
     if engine == "openvino":
         precisions = ("inference_precision_hint", "kv_cache_precision", "dynamic_quantization_group_size")
         assert [computed.facts[name] for name in precisions] == ["f32", "f32", 0]
+    if engine == "openvino-int8-sparse":  # of a model without zeros no product is one of sparse weights, AMX or not
+        dense = r"0 of \d+ products \(it needs AMX and a rate of zeros of 0\.1\): dense weights instead"
+        assert re.fullmatch(dense, computed.facts["sparse_weights"])
 
 
 def bench(peers: Peers, run_cli: RunCli, out: Path, engines: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -211,7 +218,13 @@ def test_where_onnxruntime_is_not_measured_packed32_takes_its_place(
 @pytest.mark.openvino
 def test_the_command_measures_openvino(peers: Peers, run_cli: RunCli, tmp_path: Path, openvino_python: Path) -> None:
     assert openvino_python.is_file()
-    check_rows(bench(peers, run_cli, tmp_path, ("openvino", "openvino-int4")))
+    check_rows(bench(peers, run_cli, tmp_path, ("openvino", "openvino-int8-sparse")))
+    assert "openvino-int8-sparse reads sparse weights in 0 of" in (tmp_path / "report.md").read_text()
+    stored = read_bundle(peers.bundle).flavors["openvino-int8-static"].stored
+    assert stored is not None
+    assert 8 < 8 * stored.linear_bytes / stored.linear_weights < 9
+    assert stored.linear_weights == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * (VOCABULARY + 32))
+    assert stored.head_weights == VOCABULARY * 64
 
 
 @pytest.mark.parametrize("flavor", ["genai-int8", "genai-int4"])

@@ -16,6 +16,7 @@ Flavor = Literal[
     "openvino",
     "openvino-int8",
     "openvino-int4",
+    "openvino-int8-static",
     "gguf-f16",
     "gguf-q8_0",
     "gguf-q4_0",

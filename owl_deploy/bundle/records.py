@@ -63,9 +63,9 @@ class StoredRecord(Record):
     cache_values: int
 
     @property
-    def linear_bits(self) -> float:
-        """Bits of a weight of the blocks' linears."""
-        return 8 * self.linear_bytes / self.linear_weights
+    def linear_bits(self) -> float | None:
+        """Bits of a weight of the blocks' linears; None of a file in which they were not found."""
+        return 8 * self.linear_bytes / self.linear_weights if self.linear_weights else None
 
 
 class CacheRecord(Record):

@@ -17,6 +17,7 @@ from owl_deploy.engines.protocol import Logits, TokenIds
 from owl_deploy.machine.cpu import Widest, instruction_set
 
 _AFTER_PRODUCT = frozenset({"Add", "Multiply", "Divide", "Tanh", "Convert"})  # a bias, a cap on the logits
+_SPARSE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 _DESCRIBED = (
     "INFERENCE_PRECISION_HINT",
     "KV_CACHE_PRECISION",
@@ -35,7 +36,7 @@ class OpenVinoEngine:
     products with compressed weights to 8 bits: what its users get. `describe` says what it chose.
     """
 
-    properties: ClassVar[dict[str, str | int]] = {}
+    properties: ClassVar[dict[str, str | int | float]] = {}
     """What is set beside the hint and the threads."""
 
     widest: ClassVar[Widest] = "amx"
@@ -108,12 +109,42 @@ class OpenVinoEngine:
 class OpenVinoFp32Engine(OpenVinoEngine):
     """The same, all of it in fp32: what other engines compute in fp32 is compared with this."""
 
-    properties: ClassVar[dict[str, str | int]] = {
+    properties: ClassVar[dict[str, str | int | float]] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     widest: ClassVar[Widest] = "avx512"
+
+
+class OpenVinoSparseEngine(OpenVinoEngine):
+    """The same, allowed to read sparse weights without their zeros: its `CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE`.
+
+    The plugin does so where the CPU has AMX, a product's inputs and weights are of 8 bits, its sizes are multiples of
+    64, and the share of zeros is at least the rate. All other products run as they do without the property: `describe`
+    says how many do not.
+    """
+
+    properties: ClassVar[dict[str, str | int | float]] = {_SPARSE: 0.1}
+
+    def __init__(
+        self, model: Path, *, threads: int, context: int, prompts: tuple[int, ...] = (), batch: int = 1
+    ) -> None:
+        super().__init__(model, threads=threads, context=context, prompts=prompts, batch=batch)
+        self.prefill(np.zeros((batch, 1), np.int64))  # the plugin chooses a product's kernel when it first runs
+
+    def describe(self) -> dict[str, Any]:
+        """Beside the others' facts: how many of the products the plugin runs on sparse weights."""
+        kernels = [
+            operation.get_rt_info()["primitiveType"].astype(str)
+            for operation in self._compiled.get_runtime_model().get_ops()
+            if operation.get_rt_info()["layerType"].astype(str) == "FullyConnected"
+        ]
+        sparse = sum("sparse" in kernel for kernel in kernels)
+        found = f"{sparse} of {len(kernels)} products"
+        if not sparse:
+            found += f" (it needs AMX and a rate of zeros of {self.properties[_SPARSE]:g}): dense weights instead"
+        return {**super().describe(), "sparse_weights": found}
 
 
 def _select_positions(graph: Any) -> bool:

@@ -68,7 +68,13 @@ LLAMA_CPP = Environment(
 )
 
 _ROUNDED_GENAI: tuple[Flavor, ...] = ("genai-int8", "genai-int4")
-_OPENVINO: tuple[Flavor, ...] = ("openvino", "openvino-int8", "openvino-int4")
+_OPENVINO: dict[str, tuple[Flavor, str]] = {
+    "openvino": ("openvino", "OpenVinoFp32Engine"),
+    "openvino-int8": ("openvino-int8", "OpenVinoEngine"),
+    "openvino-int4": ("openvino-int4", "OpenVinoEngine"),
+    "openvino-int8-static": ("openvino-int8-static", "OpenVinoEngine"),
+    "openvino-int8-sparse": ("openvino-int8-static", "OpenVinoSparseEngine"),
+}
 
 OPENVINO = Environment(
     name="openvino",
@@ -130,16 +136,16 @@ ENGINES = {
         ),
         *(
             EngineSpec(
-                name=flavor,
+                name=name,
                 module="owl_deploy.engines.openvino_engine",
-                class_name="OpenVinoFp32Engine" if flavor == "openvino" else "OpenVinoEngine",
+                class_name=class_name,
                 flavors=(flavor,),
                 environment=OPENVINO,
                 package="openvino",
                 licence="Apache-2.0",
                 runs_batches=True,
             )
-            for flavor in _OPENVINO
+            for name, (flavor, class_name) in _OPENVINO.items()
         ),
         *(
             EngineSpec(

@@ -31,7 +31,7 @@ from owl_deploy.exporting.peers.genai import write_genai_int4, write_genai_int8
 from owl_deploy.exporting.peers.gguf import write_gguf
 from owl_deploy.exporting.peers.gguf_original import write_gguf_original
 from owl_deploy.exporting.peers.gguf_quantised import write_gguf_quantised
-from owl_deploy.exporting.peers.openvino import write_openvino
+from owl_deploy.exporting.peers.openvino import write_openvino, write_openvino_static
 from owl_deploy.exporting.peers.torch import write_torch
 from owl_deploy.exporting.verify.parity import check_parity
 from owl_deploy.sparse.formats import Head, Weights
@@ -138,6 +138,7 @@ EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "openvino": Peer(partial(write_openvino, "fp32")),
     "openvino-int8": Peer(partial(write_openvino, "int8")),
     "openvino-int4": Peer(partial(write_openvino, "int4")),
+    "openvino-int8-static": Peer(write_openvino_static, calibrated=True),
     "gguf-f16": Peer(partial(write_gguf, weights="f16")),
     "gguf-q8_0": Peer(partial(write_gguf, weights="q8_0")),
     "gguf-q4_0": Peer(partial(write_gguf, weights="q4_0")),

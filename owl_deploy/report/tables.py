@@ -22,6 +22,7 @@ from owl_deploy.report.series import Series, by_series, by_workload, dense_refer
 from owl_deploy.report.text import ratio
 
 UNSTEADY_MARK, WIDE_MARK = "†", "‡"
+SPARSE_WEIGHTS = "sparse_weights"  # what an engine that may or may not read them says of itself
 _ERROR_CHARACTERS = 60
 
 
@@ -197,6 +198,9 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.paper_speedup is not None for row in rows):
         notes.append(f"Paper's Table 8: {PAPER_SETTING}.")
+    for engine, found in {row.engine: row.engine_facts.get(SPARSE_WEIGHTS) for row in rows}.items():
+        if found is not None:
+            notes.append(f"{engine} reads sparse weights in {found}.")
     if any(spread.is_wide for row in rows for spread in _spreads(row)):
         notes.append(
             f"{WIDE_MARK} wide: the 95% confidence interval of this speed-up is wider than {percent(WIDE)} of it; "
