@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4}
+FORMATS = {"packed32": 1, "packed16": 2, "int8": 3, "dense8": 4, "int4": 5, "dense4": 6}
 """Formats of one matrix, by the number that `csrc/format/format.h` gives them."""
 
 Stored = Literal["fp32", "packed32", "packed16", "int8", "dense8"]

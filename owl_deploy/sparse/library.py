@@ -17,7 +17,7 @@ from owl_deploy.errors import UserError
 from owl_deploy.sparse.formats import FORMATS
 
 _PATH = Path(__file__).with_name("libowl_sparse.so")
-_ABI = 3  # kOwlAbi in library.h
+_ABI = 4  # kOwlAbi in library.h
 _ALIGNMENT = 64
 _PAIRED, _ROWS = 7, 8  # offsets in the header; the columns follow the rows
 

@@ -12,7 +12,7 @@
 #endif
 
 // Raised whenever a function here changes.
-inline constexpr int kOwlAbi = 3;
+inline constexpr int kOwlAbi = 4;
 
 OWL_EXPORT int owl_abi();
 

@@ -89,7 +89,7 @@ void unpack(const Packed& packed, std::uint32_t slice, std::uint32_t panel, floa
   const std::uint32_t rows = rows_of(h, slice), stored = stored_rows(rows), blocks = blocks_of<F>(h, 0);
   const auto* masks = reinterpret_cast<const std::uint64_t*>(unit.begin);
   const auto* values = reinterpret_cast<const std::int8_t*>(unit.begin + values_offset<F>(rows, blocks));
-  const std::int8_t* const last = last_values(packed);
+  const auto* const last = last_values<std::int8_t>(packed);
   for (std::uint32_t pair = 0; pair < stored; pair += kRowsTogether) {
     for (std::uint32_t block = 0; block < blocks; ++block) {
       for (std::uint32_t i = pair; i < pair + kRowsTogether; ++i) {

@@ -12,6 +12,8 @@ enum class Format : std::uint8_t {
   packed16 = 2,  // 11-bit weights, column index in the 5 bits below
   int8 = 3,      // 8-bit weights after a bit mask
   dense8 = 4,    // 8-bit weights, all of them
+  int4 = 5,      // 4-bit weights after bit masks
+  dense4 = 6,    // 4-bit weights, all of them
 };
 
 inline constexpr std::uint32_t kMagic = 0x4B4C574F;  // "OWLK" in little-endian order

@@ -16,6 +16,7 @@ struct Units;
 
 inline constexpr std::uint32_t kBlockColumns = 32;  // of words: what 5 index bits can tell apart
 inline constexpr std::uint32_t kMaskColumns = 64;   // of 8-bit weights: one mask
+inline constexpr std::uint32_t kGroupColumns = 64;  // of 4-bit weights: one scale
 
 // Words of 16 or 32 bits that carry their columns, for 16 rows at a time.
 struct WordFormat {
@@ -28,7 +29,7 @@ struct WordFormat {
 struct Packed32 : WordFormat {
   static constexpr Format kFormat = Format::packed32;
   static constexpr const char* kName = "packed32";
-  static constexpr int kLevels = 0;  // the largest integer that stands for a weight; 0: none, and there are no scales
+  static constexpr int kLevels = 0;  // the largest integer that stands for a weight; 0: none, and rows have no scales
   static const Units kUnits;
 
   using Word = std::uint32_t;
@@ -68,10 +69,35 @@ struct Dense8 : ByteFormat {
   static const Units kUnits;
 };
 
+// Nibbles, for bands of 16 rows: their columns come four at a time, and two bands share each byte.
+struct NibbleFormat {
+  static constexpr std::uint32_t kColumns = kGroupColumns;
+  static constexpr std::uint32_t kSliceRows = 32;
+  static constexpr bool kPanels = false;
+  static constexpr bool kSums = false;
+  static constexpr int kLevels = 0;  // scales are in the units: one for each row of a block
+};
+
+struct Int4 : NibbleFormat {
+  static constexpr Format kFormat = Format::int4;
+  static constexpr const char* kName = "int4";
+  static constexpr bool kMasked = true;
+  static const Units kUnits;
+};
+
+struct Dense4 : NibbleFormat {
+  static constexpr Format kFormat = Format::dense4;
+  static constexpr const char* kName = "dense4";
+  static constexpr bool kMasked = false;
+  static const Units kUnits;
+};
+
 template <class F>
 concept OfWords = std::derived_from<F, WordFormat>;
 template <class F>
 concept OfBytes = std::derived_from<F, ByteFormat>;
+template <class F>
+concept OfNibbles = std::derived_from<F, NibbleFormat>;
 
 template <class... F>
 struct FormatList {
@@ -79,7 +105,7 @@ struct FormatList {
 };
 
 // By their numbers, from 1.
-using Formats = FormatList<Packed32, Packed16, Int8, Dense8>;
+using Formats = FormatList<Packed32, Packed16, Int8, Dense8, Int4, Dense4>;
 
 static constexpr bool is_format(int number) { return number >= 1 && number <= static_cast<int>(Formats::count); }
 

@@ -11,7 +11,7 @@
 namespace owl {
 
 inline constexpr std::uint32_t kRowsTogether = 2;  // of the 8-bit formats: rows whose blocks alternate
-inline constexpr std::uint32_t kOverread = 64;     // bytes after the last 8-bit weight that a load may touch
+inline constexpr std::uint32_t kOverread = 64;     // bytes after the last weight that a load may touch
 
 template <class T>
 static constexpr T ceil_div(T a, T b) {
@@ -84,13 +84,33 @@ static inline std::uint64_t values_offset(std::uint32_t rows, std::uint32_t bloc
   return F::kMasked ? std::uint64_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0;
 }
 
+// A unit of nibbles: pairs of bands, each band 16 rows. First a record for each block of each pair: scales as fp16, for
+// one band's rows and then for the other's, and after them tiles, for each four columns of the block. In dense4 a tile
+// is 64 bytes, which share the bands' weights. In int4 it is two masks, and the bytes come after all records.
+inline constexpr std::uint32_t kBands = 2;
+inline constexpr std::uint32_t kTileColumns = 4;
+inline constexpr std::uint32_t kTiles = kGroupColumns / kTileColumns;  // of a block
+inline constexpr std::uint32_t kTileBytes = kLanes * kTileColumns;
+inline constexpr std::uint32_t kScaleBytes = kBands * kLanes * sizeof(std::uint16_t);
+template <OfNibbles F>
+inline constexpr std::uint32_t kRecordBytes =
+    kScaleBytes + kTiles * (F::kMasked ? std::uint32_t{kBands * sizeof(std::uint64_t)} : kTileBytes);
+
+static inline std::uint32_t band_pairs(std::uint32_t rows) { return ceil_div(rows, kBands * kLanes); }
+template <OfNibbles F>
+static inline std::uint64_t records_bytes(std::uint32_t rows, std::uint32_t blocks) {
+  return std::uint64_t{band_pairs(rows)} * blocks * kRecordBytes<F>;
+}
+
 // From here on a load of 64 bytes would leave the matrix: masks must not lead past it.
-static inline const std::int8_t* last_values(const Packed& packed) {
-  return reinterpret_cast<const std::int8_t*>(packed.data + packed.header.bytes - kOverread);
+template <class Byte>
+static inline const Byte* last_values(const Packed& packed) {
+  return reinterpret_cast<const Byte*>(packed.data + packed.header.bytes - kOverread);
 }
 
 // `values` after `count` of them, or where no more can be.
-static inline const std::int8_t* advanced(const std::int8_t* values, std::ptrdiff_t count, const std::int8_t* last) {
+template <class Byte>
+static inline const Byte* advanced(const Byte* values, std::ptrdiff_t count, const Byte* last) {
   return values + std::min(count, last - values);
 }
 

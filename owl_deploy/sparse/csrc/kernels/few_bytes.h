@@ -18,6 +18,8 @@ constexpr float kSmallestScale = 0x1p-100f;  // inputs all below it share it: 1 
 
 template <class Isa, OfBytes F>
 struct FewKernel<Isa, F> {
+  static constexpr int kTokens = 4;
+
   // 24-bit integers, padded to whole blocks, and the scale behind them.
   static std::size_t input_bytes(const Header& h) { return scale_offset(h) + sizeof(float); }
 
@@ -43,7 +45,7 @@ struct FewKernel<Isa, F> {
     }
   }
 
-  template <int kTokens>
+  template <int kCount>
   static void multiply(const Packed& packed, std::uint32_t slice, std::uint32_t /*panel*/, std::byte* const* inputs,
                        float (*sums)[kMaxRows]) {
     const Header& h = packed.header;
@@ -51,11 +53,11 @@ struct FewKernel<Isa, F> {
     const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of<F>(h, 0);
     const auto* masks = reinterpret_cast<const std::uint64_t*>(unit.begin);
     const auto* values = reinterpret_cast<const std::int8_t*>(unit.begin + values_offset<F>(rows, blocks));
-    const std::int8_t* const last = last_values(packed);
-    float scales[kTokens];
-    for (int t = 0; t < kTokens; ++t) scales[t] = *scale(h, inputs[t]);
+    const auto* const last = last_values<std::int8_t>(packed);
+    float scales[kCount];
+    for (int t = 0; t < kCount; ++t) scales[t] = *scale(h, inputs[t]);
     const std::int32_t* weight_sums = packed.sums + std::size_t{slice} * h.slice_rows;
-    constexpr int kSums = kRowsTogether * kTokens;  // two rows at once: one's additions fill the waits of the other's
+    constexpr int kSums = kRowsTogether * kCount;  // two rows at once: one's additions fill the waits of the other's
     for (std::uint32_t row = 0; row < rows; row += kRowsTogether) {
       std::int64_t total[kSums] = {};
       for (std::uint32_t block = 0; block < blocks;) {
@@ -93,15 +95,15 @@ struct FewKernel<Isa, F> {
           }
           unrolled<kRowsTogether>([&](auto r) {
             const auto weights = next_weights();
-            unrolled<kTokens>([&](auto t) { Isa::add_product(sum[r * kTokens + t], weights, inputs[t], block); });
+            unrolled<kCount>([&](auto t) { Isa::add_product(sum[r * kCount + t], weights, inputs[t], block); });
           });
         }
         unrolled<kSums>([&](auto i) { total[i] += Isa::total(sum[i]); });
         values = F::kMasked ? advanced(values, next - first, last) : next;
       }
       for (std::uint32_t r = 0; r < kRowsTogether && row + r < rows; ++r) {
-        for (int t = 0; t < kTokens; ++t) {
-          const std::int64_t sum = total[r * kTokens + t] - Isa::kInputOffset * weight_sums[row + r];
+        for (int t = 0; t < kCount; ++t) {
+          const std::int64_t sum = total[r * kCount + t] - Isa::kInputOffset * weight_sums[row + r];
           sums[t][row + r] = static_cast<float>(sum) * scales[t];
         }
       }

@@ -34,6 +34,9 @@ struct Avx2 {
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;
+  static constexpr int kTokensOfNibbles = 2;
+  static constexpr int kTokensOfTwoBands = 0;
+  static constexpr int kUpperNibble = 1;
 
   struct Lanes {
     __m256 a, b;
@@ -50,6 +53,16 @@ struct Avx2 {
   struct Sum {
     __m256i high, low;  // of products with the upper 16 and the lower 8 bits of the inputs
   };
+  struct Weights4 {
+    __m256i a, b;
+  };
+  struct Half {  // of a group: four products of a row are in two lanes of 16 bits, which eight tiles do not overflow
+    __m256i a, b;
+  };
+  struct Group {
+    Half upper, lower;  // of products with the two bytes of the inputs
+    __m256i a, b;       // those of the tiles before, together
+  };
 
   static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
@@ -63,6 +76,8 @@ struct Avx2 {
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
   }
+  static Lanes multiply(Lanes a, Lanes b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+  static Lanes fused(Lanes a, Lanes b, Lanes c) { return multiply_add(a, b, c); }
   static Lanes gather(const float* from, const std::uint8_t* places) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
     return {_mm256_i32gather_ps(from, _mm256_cvtepu8_epi32(bytes), sizeof(float)),
@@ -122,6 +137,51 @@ struct Avx2 {
     }
   }
   static std::int64_t total(const Sum& sum) { return 256 * add_lanes(sum.high) + add_lanes(sum.low); }
+
+  static Lanes load_halves(const std::uint8_t* from) {
+    const auto* at = reinterpret_cast<const __m128i*>(from);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
+  }
+  // VPMADDUBSW wants one side without a sign: a weight plus 8 is the nibble with its highest bit turned over.
+  template <int kBand>
+  static Weights4 nibbles(const Weights8& bytes) {
+    const auto weights = [&](int i) {
+      __m256i v = _mm256_set_m128i(bytes.v[i + 1], bytes.v[i]);
+      if constexpr (kBand == 1) v = _mm256_srli_epi16(v, 4);
+      return _mm256_xor_si256(_mm256_and_si256(v, _mm256_set1_epi8(0x0F)), _mm256_set1_epi8(8));
+    };
+    return {weights(0), weights(2)};
+  }
+  static Group zero_group() {
+    const __m256i zero = _mm256_setzero_si256();
+    return {{zero, zero}, {zero, zero}, zero, zero};
+  }
+  static void add_tile(Group& sum, const Weights4& weights, const std::int8_t* x) {
+    const auto add = [&](Half& half, const std::int8_t* inputs) {
+      std::int32_t four;
+      std::memcpy(&four, inputs, sizeof(four));
+      const __m256i of_row = _mm256_set1_epi32(four);
+      half.a = _mm256_add_epi16(half.a, _mm256_maddubs_epi16(weights.a, of_row));
+      half.b = _mm256_add_epi16(half.b, _mm256_maddubs_epi16(weights.b, of_row));
+    };
+    add(sum.upper, x);
+    add(sum.lower, x + kGroupColumns);
+  }
+  static void half_done(Group& sum) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const auto both = [&](__m256i upper, __m256i lower) {
+      return _mm256_add_epi32(_mm256_slli_epi32(_mm256_madd_epi16(upper, ones), 8), _mm256_madd_epi16(lower, ones));
+    };
+    sum.a = _mm256_add_epi32(sum.a, both(sum.upper.a, sum.lower.a));
+    sum.b = _mm256_add_epi32(sum.b, both(sum.upper.b, sum.lower.b));
+    const __m256i zero = _mm256_setzero_si256();
+    sum.upper = sum.lower = {zero, zero};
+  }
+  template <int kBand>
+  static Lanes total(const Group& sum, std::int32_t inputs) {
+    const __m256i offset = _mm256_set1_epi32(8 * inputs);
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(sum.a, offset)), _mm256_cvtepi32_ps(_mm256_sub_epi32(sum.b, offset))};
+  }
 
  private:
   static constexpr std::size_t kPrefetchBytes = 4096;  // a page: the CPU itself does not look beyond one

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/kernel.h"
 
@@ -17,6 +18,9 @@ struct Avx512 {
   static constexpr int kVectors = 8;
   static constexpr int kPairVectors = 8;
   static constexpr std::int64_t kInputOffset = 1 << 23;
+  static constexpr int kTokensOfNibbles = 8;
+  static constexpr int kTokensOfTwoBands = 4;
+  static constexpr int kUpperNibble = 16;
 
   using Lanes = __m512;
   using Words = __m512i;
@@ -27,6 +31,10 @@ struct Avx512 {
   struct Sum {
     __m512i high, middle, low;  // of products with the three bytes of the inputs
   };
+  using Weights4 = __m512i;
+  struct Group {
+    __m512i upper, lower;  // of products with the two bytes of the inputs
+  };
 
   static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
@@ -35,6 +43,8 @@ struct Avx512 {
   static void store(float* to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
   static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+  static Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+  static Lanes fused(Lanes a, Lanes b, Lanes c) { return multiply_add(a, b, c); }
   static Lanes gather(const float* from, const std::uint8_t* places) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
     // A gather merges with what its register held: unless that is a fresh zero, it waits for the group before. A mask
@@ -93,6 +103,32 @@ struct Avx512 {
                               _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
     };
     return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_slli_epi64(wide(upper), 8), wide(sum.low)));
+  }
+
+  static Lanes load_halves(const std::uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  // VPDPBUSD wants one side without a sign: a weight plus 8 is the nibble with its highest bit turned over, 0 included.
+  template <int kBand>
+  static Weights4 nibbles(Weights8 bytes) {
+    constexpr int kAndThenXor = 0x6A;
+    return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(static_cast<char>(kBand == 0 ? 0x0F : 0xF0)),
+                                     _mm512_set1_epi8(static_cast<char>(kBand == 0 ? 0x08 : 0x80)), kAndThenXor);
+  }
+  static Group zero_group() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  static void add_tile(Group& sum, Weights4 weights, const std::int8_t* x) {
+    std::int32_t upper, lower;
+    std::memcpy(&upper, x, sizeof(upper));
+    std::memcpy(&lower, x + kGroupColumns, sizeof(lower));
+    sum.upper = _mm512_dpbusd_epi32(sum.upper, weights, _mm512_set1_epi32(upper));
+    sum.lower = _mm512_dpbusd_epi32(sum.lower, weights, _mm512_set1_epi32(lower));
+  }
+  static void half_done(Group&) {}
+  template <int kBand>
+  static Lanes total(const Group& sum, std::int32_t inputs) {
+    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sum.upper, 8), sum.lower);
+    constexpr int kOffset = kBand == 0 ? 8 : 8 * kUpperNibble;
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_set1_epi32(kOffset * inputs)));
   }
 
  private:

@@ -20,6 +20,9 @@ struct Neon {
   static constexpr int kVectors = 4;
   static constexpr int kPairVectors = 2;
   static constexpr std::int64_t kInputOffset = 0;
+  static constexpr int kTokensOfNibbles = 1;
+  static constexpr int kTokensOfTwoBands = 0;
+  static constexpr int kUpperNibble = 1;
 
   struct Lanes {
     float32x4_t v[4];
@@ -35,6 +38,10 @@ struct Neon {
   };
   struct Sum {
     int32x4_t high[4], low[4];  // of products with the upper 16 and the lower 8 bits of the inputs
+  };
+  using Weights4 = Weights8;
+  struct Group {
+    int16x8_t upper[8], lower[8];  // of products with the two bytes of the inputs: four lanes a row, which 16 tiles fit in
   };
 
   static void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kPrefetchBytes); }
@@ -53,6 +60,11 @@ struct Neon {
     for (int i = 0; i < 4; ++i) sum.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
     return sum;
   }
+  static Lanes multiply(const Lanes& a, Lanes b) {
+    for (int i = 0; i < 4; ++i) b.v[i] = vmulq_f32(a.v[i], b.v[i]);
+    return b;
+  }
+  static Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) { return multiply_add(a, b, c); }
   static Lanes gather(const float* from, const std::uint8_t* places) {
     float lanes[kLanes];
     for (std::uint32_t i = 0; i < kLanes; ++i) lanes[i] = from[places[i]];
@@ -123,6 +135,47 @@ struct Neon {
     std::int64_t all = 0;
     for (int i = 0; i < 4; ++i) all += 256 * vaddlvq_s32(sum.high[i]) + vaddlvq_s32(sum.low[i]);
     return all;
+  }
+
+  static Lanes load_halves(const std::uint8_t* from) {
+    Lanes lanes;
+    for (int i = 0; i < 4; ++i) {
+      lanes.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from + 8 * i)));
+    }
+    return lanes;
+  }
+  template <int kBand>
+  static Weights4 nibbles(Weights8 bytes) {
+    for (int8x16_t& v : bytes.v) v = vshrq_n_s8(kBand == 0 ? vshlq_n_s8(v, 4) : v, 4);
+    return bytes;
+  }
+  static Group zero_group() {
+    Group sum;
+    for (int i = 0; i < 8; ++i) sum.upper[i] = sum.lower[i] = vdupq_n_s16(0);
+    return sum;
+  }
+  static void add_tile(Group& sum, const Weights4& weights, const std::int8_t* x) {
+    std::int32_t upper, lower;
+    std::memcpy(&upper, x, sizeof(upper));
+    std::memcpy(&lower, x + kGroupColumns, sizeof(lower));
+    const int8x16_t u = vreinterpretq_s8_s32(vdupq_n_s32(upper)), l = vreinterpretq_s8_s32(vdupq_n_s32(lower));
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t w = weights.v[i];
+      sum.upper[2 * i] = vmlal_s8(sum.upper[2 * i], vget_low_s8(w), vget_low_s8(u));
+      sum.upper[2 * i + 1] = vmlal_high_s8(sum.upper[2 * i + 1], w, u);
+      sum.lower[2 * i] = vmlal_s8(sum.lower[2 * i], vget_low_s8(w), vget_low_s8(l));
+      sum.lower[2 * i + 1] = vmlal_high_s8(sum.lower[2 * i + 1], w, l);
+    }
+  }
+  static void half_done(Group&) {}
+  template <int kBand>
+  static Lanes total(const Group& sum, std::int32_t /*inputs*/) {
+    const auto rows = [](const int16x8_t* v) { return vpaddq_s32(vpaddlq_s16(v[0]), vpaddlq_s16(v[1])); };
+    Lanes lanes;
+    for (int i = 0; i < 4; ++i) {
+      lanes.v[i] = vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(rows(sum.upper + 2 * i), 8), rows(sum.lower + 2 * i)));
+    }
+    return lanes;
   }
 
  private:

@@ -3,13 +3,17 @@
 //   Lanes      16 floats, one for each row of a group or for each of 16 tokens
 //   Table      32 inputs of one block of columns; lookup() picks 16 of them by the low 5 bits of 16 words
 //   Weights8   64 signed bytes, one for each column under a mask; Sum adds up their products with 24-bit inputs
+//   Weights4   64 integers of 4 bits as bytes, four columns of each of 16 rows; Group adds up each row's products with
+//              16-bit inputs, whose upper bytes add_tile() is given, the lower ones lying 64 bytes further on
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "format/half.h"
 #include "kernels/kernel.h"
 
 namespace owl {
@@ -31,6 +35,9 @@ struct Scalar {
   static constexpr int kVectors = 4;               // Lanes that add_row keeps in registers …
   static constexpr int kPairVectors = 2;           // … and add_two_rows, for each row
   static constexpr std::int64_t kInputOffset = 0;  // what store_inputs adds to each input
+  static constexpr int kTokensOfNibbles = 4;   // that go through 4-bit weights together, a power of two …
+  static constexpr int kTokensOfTwoBands = 1;  // … and at most so many through two bands at a time
+  static constexpr int kUpperNibble = 1;       // by what weights of the upper nibble are multiplied
 
   struct Lanes {
     float v[kLanes];
@@ -45,6 +52,10 @@ struct Scalar {
     std::int8_t v[kMaskColumns];
   };
   using Sum = std::int64_t;
+  using Weights4 = Weights8;
+  struct Group {
+    std::int32_t v[kLanes];
+  };
 
   static void prefetch(const void*) {}
   static Lanes load(const float* from) {
@@ -60,6 +71,15 @@ struct Scalar {
   }
   static Lanes multiply_add(const Lanes& a, const Lanes& b, Lanes c) {
     for (std::uint32_t i = 0; i < kLanes; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static Lanes multiply(const Lanes& a, Lanes b) {
+    for (std::uint32_t i = 0; i < kLanes; ++i) b.v[i] *= a.v[i];
+    return b;
+  }
+  // With one rounding.
+  static Lanes fused(const Lanes& a, const Lanes& b, Lanes c) {
+    for (std::uint32_t i = 0; i < kLanes; ++i) c.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
     return c;
   }
   static Lanes gather(const float* from, const std::uint8_t* places) {
@@ -114,6 +134,37 @@ struct Scalar {
     for (std::uint32_t i = 0; i < kMaskColumns; ++i) sum += std::int64_t{weights.v[i]} * (high[i] * 256 + low[i]);
   }
   static std::int64_t total(Sum sum) { return sum; }
+
+  static Lanes load_halves(const std::uint8_t* from) {
+    Lanes lanes;
+    for (std::uint32_t i = 0; i < kLanes; ++i) {
+      std::uint16_t half;
+      std::memcpy(&half, from + i * sizeof(half), sizeof(half));
+      lanes.v[i] = half_to_float(half);
+    }
+    return lanes;
+  }
+  template <int kBand>
+  static Weights4 nibbles(Weights8 bytes) {
+    for (std::int8_t& v : bytes.v) v = static_cast<std::int8_t>(static_cast<std::int8_t>(v << 4 * (1 - kBand)) >> 4);
+    return bytes;
+  }
+  static Group zero_group() { return {}; }
+  static void add_tile(Group& sum, const Weights4& weights, const std::int8_t* x) {
+    for (std::uint32_t i = 0; i < kTileBytes; ++i) {
+      const std::uint32_t column = i % kTileColumns;
+      sum.v[i / kTileColumns] += weights.v[i] * (x[column] * 256 + x[column + kGroupColumns]);
+    }
+  }
+  // Called after half the tiles of a group, and after all.
+  static void half_done(Group&) {}
+  // The sums of the upper nibbles' band (1) are kUpperNibble times what they are. `inputs` is the sum of the inputs.
+  template <int kBand>
+  static Lanes total(const Group& sum, std::int32_t /*inputs*/) {
+    Lanes lanes;
+    for (std::uint32_t i = 0; i < kLanes; ++i) lanes.v[i] = static_cast<float>(sum.v[i]);
+    return lanes;
+  }
 };
 
 }  // namespace

@@ -14,13 +14,15 @@ constexpr std::uint32_t kInputBytes = 3;  // of a 24-bit input, which 8-bit weig
 
 // Few tokens (few.h). A specialisation has
 //
+//   static constexpr int kTokens;
+//       that go through the weights together, at most: a power of two
 //   static std::size_t input_bytes(const Header& h);
 //       of one token, as prepare() lays them out
 //   static void prepare(const Header& h, const float* x, std::byte* inputs);
-//   template <int kTokens>
+//   template <int kCount>
 //   static void multiply(const Packed& packed, std::uint32_t slice, std::uint32_t panel, std::byte* const* inputs,
 //                        float (*sums)[kMaxRows]);
-//       sums[token][row of the slice] of one unit, before the scales of rows
+//       sums[token][row of the slice] of one unit and so many tokens, before the scales of rows
 template <class Isa, class F>
 struct FewKernel;
 

@@ -24,7 +24,7 @@ struct ManyKernel<Isa, Int8> {
   static void multiply(const Packed& packed, Slices slices, const float* x, std::int64_t stride, float* sums) {
     const Header& h = packed.header;
     const std::uint32_t blocks = blocks_of<Int8>(h, 0);
-    const std::int8_t* const last = last_values(packed);
+    const auto* const last = last_values<std::int8_t>(packed);
     struct Pair {
       const std::uint64_t* masks;  // of both rows, in the block that is next
       const std::int8_t* values;

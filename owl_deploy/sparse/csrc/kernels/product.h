@@ -21,6 +21,9 @@ constexpr std::array<Way, kWays> kWaysOf = {
     way<FewTokens<Isa, F>>(1),
     way<ManyTokens<Isa, F>>(OfBytes<F> ? Isa::kManyTokensOfBytes : Isa::kManyTokensOfWords),
 };
+template <class Isa, OfNibbles F>
+constexpr std::array<Way, kWays> kWaysOf<Isa, F> = {way<FewTokens<Isa, F>>(1), way<FewTokens<Isa, F>>(1)};
+
 
 template <class Isa, class... F>
 constexpr Kernels kernels_of(FormatList<F...>) {

@@ -231,6 +231,7 @@ Array<float> check_unpacked(const Matrix& m, const Packed& packed);
 void check_random_matrices(Random& random, std::int64_t rounds);
 void check_edges(Random& random, std::int64_t rounds);
 void check_largest_sums(Random& random);
+void check_on_grid(Random& random, std::int64_t rounds);
 void check_any_weights(Random& random, std::int64_t rounds);
 void check_refused_weights(Random& random, std::int64_t rounds);
 void check_wrong_headers(Random& random, std::int64_t rounds);

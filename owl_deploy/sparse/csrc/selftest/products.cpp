@@ -12,23 +12,31 @@ bool is_of_bytes(Format format) {
   return with_format(format, [](auto f) { return OfBytes<decltype(f)>; });
 }
 
+bool is_of_nibbles(Format format) {
+  return with_format(format, [](auto f) { return OfNibbles<decltype(f)>; });
+}
+
 struct Range {
   double value, error;
 };
 
 // What rounding may do to a row's sum. Few tokens meet 8-bit weights as 24-bit integers, in exact arithmetic; all
-// other sums are fp32's, in any order. 8-bit products are allowed the larger of both errors.
+// other sums are fp32's, in any order. 8-bit products are allowed the larger of both errors. 4-bit weights meet 16-bit
+// integers, which have a scale for each group of columns.
 Range row_times_token(Format format, const float* weights, const std::vector<std::uint32_t>& nonzeros, const float* x,
-                      double largest) {
-  double sum = 0, size = 0, weights_size = 0;
+                      double largest, const std::vector<double>& largest_of_groups) {
+  double sum = 0, size = 0, weights_size = 0, rounded = 0;
   for (const std::uint32_t c : nonzeros) {
     const double product = double{weights[c]} * x[c];
     sum += product;
     size += std::fabs(product);
     weights_size += std::fabs(double{weights[c]});
+    const double level = std::max(largest_of_groups[c / kGroupColumns], 0x1p-80) / 32639;
+    rounded += std::fabs(double{weights[c]}) * 0.501 * level;
   }
   const auto count = static_cast<double>(nonzeros.size());
   const double error = (count + 8) * (0x1p-23 * size + 0x1p-148);
+  if (is_of_nibbles(format)) return {sum, error + rounded};
   if (!is_of_bytes(format)) return {sum, error};
   const double level = std::max(largest, 0x1p-100) / 8388607;
   return {sum, std::max(error, 1.5 * level * weights_size + 0x1p-22 * size + count * 0x1p-119)};
@@ -52,9 +60,15 @@ std::vector<Range> expected_product(const Matrix& m, const Array<float>& weights
   for (std::int64_t t = 0; t < tokens; ++t) {
     const float* inputs = x.data() + static_cast<std::size_t>(t) * m.columns;
     double largest = 0;
-    for (std::uint32_t c = 0; c < m.columns; ++c) largest = std::max(largest, std::fabs(double{inputs[c]}));
+    std::vector<double> largest_of_groups(ceil_div(m.columns, kGroupColumns));
+    for (std::uint32_t c = 0; c < m.columns; ++c) {
+      const double size = std::fabs(double{inputs[c]});
+      largest = std::max(largest, size);
+      largest_of_groups[c / kGroupColumns] = std::max(largest_of_groups[c / kGroupColumns], size);
+    }
     const auto row = [&](std::uint32_t r) {
-      return row_times_token(m.format, weights.data() + std::size_t{r} * m.columns, nonzeros[r], inputs, largest);
+      return row_times_token(m.format, weights.data() + std::size_t{r} * m.columns, nonzeros[r], inputs, largest,
+                             largest_of_groups);
     };
     const std::uint32_t outputs = m.paired ? m.rows / 2 : m.rows;
     for (std::uint32_t r = 0; r < outputs; ++r) {
@@ -65,6 +79,21 @@ std::vector<Range> expected_product(const Matrix& m, const Array<float>& weights
 }
 
 constexpr std::int64_t kFew = 7;  // tokens that are few to any kernels, whatever the number they draw the line at
+
+bool has_exact_sums(Format format, std::int64_t tokens) {
+  return is_of_nibbles(format) || (is_of_bytes(format) && tokens <= kFew);
+}
+
+// The last token's outputs are those that it has alone.
+void check_alone(const Kernels& kernels, const Matrix& m, const Packed& packed, const Array<float>& x,
+                 const Array<float>& y) {
+  const Array<float> last(m.columns);
+  std::memcpy(last.data(), x.data() + x.size() - m.columns, m.columns * sizeof(float));
+  const Array<float> alone = multiply(kernels, packed, last, 1);
+  if (std::memcmp(alone.data(), y.data() + y.size() - alone.size(), alone.size() * sizeof(float)) != 0) {
+    fail("%s: a token has other outputs alone than among others", kernels.name);
+  }
+}
 
 void check_products(Random& random, const Matrix& m, const Array<std::uint8_t>& bytes, const Packed& packed,
                     const Array<float>& weights, const Array<float>& x) {
@@ -90,9 +119,10 @@ void check_products(Random& random, const Matrix& m, const Array<std::uint8_t>& 
     if (!by_threads.same_bytes(y)) {
       fail("%s, %lld tokens: two threads give other bits", kernels->name, static_cast<long long>(tokens));
     }
+    if (is_of_nibbles(m.format) && tokens > 1) check_alone(*kernels, m, packed, x, y);
     if (scalar == nullptr) {
       scalar = std::make_unique<Array<float>>(std::move(y));
-    } else if (tokens <= kFew && is_of_bytes(m.format) && !y.same_bytes(*scalar)) {
+    } else if (has_exact_sums(m.format, tokens) && !y.same_bytes(*scalar)) {
       fail("%s, %lld tokens: other bits than scalar", kernels->name, static_cast<long long>(tokens));
     }
   }
@@ -147,7 +177,7 @@ void check_edges(Random& random, std::int64_t rounds) {
       {{1, 1}, {1, 4200}, {2, 2112}, {18, 2049}, {1100, 1}, {512, 33}, {514, 32}, {16, 256}, {32, 257}, {288, 1500}}};
   for (std::int64_t i = 0; i < rounds; ++i) {
     const auto [rows, columns] = kShapes[static_cast<std::size_t>(i) % kShapes.size()];
-    // In 20 rounds each shape meets two formats, and in 40 all; the largest only those with panels.
+    // In 20 rounds each shape meets two formats, and in 60 all; the largest only those with panels.
     const auto turn = static_cast<std::size_t>(i) / kShapes.size() + static_cast<std::size_t>(i);
     const Format format = kFormats[turn % (rows == 288 ? 2 : kFormats.size())];
     const Matrix m{rows, columns, format, rows % 2 == 0 && random.chance(0.5), random_weights(random, rows, columns)};
@@ -157,9 +187,9 @@ void check_edges(Random& random, std::int64_t rounds) {
   claim("%lld matrices at the edges of slices, panels and blocks: the same", static_cast<long long>(rounds));
 }
 
-// The largest sums that 8-bit weights and 24-bit inputs can have, over more columns than 32 bits have room for.
+// The largest sums that integers can have, over more columns than 32 bits have room for.
 void check_largest_sums(Random& random) {
-  for (const Format format : {Format::int8, Format::dense8}) {
+  for (const Format format : {Format::int8, Format::dense8, Format::int4, Format::dense4}) {
     Matrix m{4, 5000, format, false, std::vector<float>(std::size_t{4} * 5000, 1)};
     for (std::uint32_t c = 0; c < m.columns; ++c) {
       m.at(1, c) = -1;
@@ -176,7 +206,7 @@ void check_largest_sums(Random& random) {
     }
     check_products(random, m, bytes, parsed, weights, x);
   }
-  claim("8-bit products of the largest weights and inputs: the same");
+  claim("8- and 4-bit products of the largest weights and inputs: the same");
 }
 
 void check_random_matrices(Random& random, std::int64_t rounds) {
@@ -191,7 +221,8 @@ void check_random_matrices(Random& random, std::int64_t rounds) {
         static_cast<long long>(rounds));
   claim("products of %s: as in double precision; the same bits whatever the order of items and the threads",
         names.c_str());
-  claim("8-bit products of few tokens: the same bits on all of them");
+  claim("8-bit products of few tokens, and 4-bit products of any number: the same bits on all of them");
+  claim("4-bit products: a token has the same bits alone and among others");
   claim("an input that is not finite shows in what it meets, and nowhere in other tokens");
 }
 
