@@ -75,7 +75,7 @@ struct FewKernel<Isa, F> {
         const std::int8_t* const first = next;
         const auto next_weights = [&] {
           if constexpr (F::kMasked) {
-            const std::uint64_t mask = *masks++;
+            const std::uint64_t& mask = *masks++;
             const auto weights = Isa::expand(mask, next);
             next += std::popcount(mask);
             return weights;

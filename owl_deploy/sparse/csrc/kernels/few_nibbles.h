@@ -156,29 +156,36 @@ struct FewKernel<Isa, F> {
   template <int kCount, int kFirst, int kTogether>
   [[gnu::always_inline]] static void add_bands(const std::uint8_t* record, Values& from, const std::int8_t* const* x,
                                                typename Isa::Group* sums) {
-    const auto* masks = reinterpret_cast<const std::uint64_t*>(record + kScaleBytes);
     typename Isa::Group sum[kTogether * kCount];
     unrolled<kTogether * kCount>([&](auto i) { sum[i] = Isa::zero_group(); });
+    const std::uint8_t* next[kTogether];
+    unrolled<kTogether>([&](auto b) { next[b] = from.next[kFirst + b]; });
+    constexpr std::uint32_t kHalf = kTiles / 2;
     for (std::uint32_t half = 0; half < 2; ++half) {
-      for (std::uint32_t tile = half * kTiles / 2; tile < (half + 1) * kTiles / 2; ++tile) {
-        if constexpr (F::kMasked) Isa::prefetch(from.next[kFirst]);
+      const auto* masks = reinterpret_cast<const std::uint64_t*>(record + kScaleBytes) + half * kHalf * kBands;
+      const std::uint8_t* tiles = record + kScaleBytes + half * kHalf * kTileBytes;
+      unrolled<kHalf>([&](auto tile) {
+        typename Isa::Weights8 bytes[kTogether];
         unrolled<kTogether>([&](auto b) {
-          constexpr int band = kFirst + b;
-          const auto tiles = [&] {
-            if constexpr (!F::kMasked) return Isa::load8(signed_bytes(record + kScaleBytes + tile * kTileBytes));
-            const std::uint64_t mask = masks[tile * kBands + band];
-            const auto bytes = Isa::expand(mask, signed_bytes(from.next[band]));
-            from.next[band] += std::popcount(mask);
-            return bytes;
-          }();
-          const auto weights = Isa::template nibbles<band>(tiles);
+          if constexpr (F::kMasked) {
+            const std::uint64_t& mask = masks[tile * kBands + kFirst + b];
+            bytes[b] = Isa::expand(mask, signed_bytes(next[b]));
+            next[b] += std::popcount(mask);
+          } else {
+            bytes[b] = Isa::load8(signed_bytes(tiles + tile * kTileBytes));
+          }
+        });
+        if constexpr (F::kMasked && kFirst == 0) Isa::prefetch(next[0]);
+        unrolled<kTogether>([&](auto b) {
+          const auto weights = Isa::template nibbles<kFirst + b>(bytes[b]);
           unrolled<kCount>([&](auto t) {
-            Isa::add_tile(sum[b * kCount + t], weights, x[t] + tile * kTileColumns);
+            Isa::add_tile(sum[b * kCount + t], weights, x[t] + (half * kHalf + tile) * kTileColumns);
           });
         });
-      }
+      });
       unrolled<kTogether * kCount>([&](auto i) { Isa::half_done(sum[i]); });
     }
+    unrolled<kTogether>([&](auto b) { from.next[kFirst + b] = next[b]; });
     unrolled<kTogether * kCount>([&](auto i) { sums[i] = sum[i]; });
   }
 
