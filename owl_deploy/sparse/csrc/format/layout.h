@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 
 #include "format/format.h"
 #include "format/formats.h"
@@ -84,22 +85,26 @@ static inline std::uint64_t values_offset(std::uint32_t rows, std::uint32_t bloc
   return F::kMasked ? std::uint64_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0;
 }
 
-// A unit of nibbles: pairs of bands, each band 16 rows. First a record for each block of each pair: scales as fp16, for
-// one band's rows and then for the other's, and after them tiles, for each four columns of the block. In dense4 a tile
-// is 64 bytes, which share the bands' weights. In int4 it is two masks, and the bytes come after all records.
+// A unit of nibbles: pairs of bands, each band 16 rows. Of each block of each pair there is a record: scales as fp16, for
+// one band's rows and then for the other's; tiles, for each four columns of the block; and the bytes in which the bands'
+// weights share. In int4 a tile is two masks, and the bytes are as many as the band with more weights has, up to a
+// multiple of 8. In dense4 a tile is its 64 bytes, and there are no others.
 inline constexpr std::uint32_t kBands = 2;
 inline constexpr std::uint32_t kTileColumns = 4;
 inline constexpr std::uint32_t kTiles = kGroupColumns / kTileColumns;  // of a block
 inline constexpr std::uint32_t kTileBytes = kLanes * kTileColumns;
 inline constexpr std::uint32_t kScaleBytes = kBands * kLanes * sizeof(std::uint16_t);
+inline constexpr std::uint32_t kMaskBytes = kTiles * kBands * sizeof(std::uint64_t);
+inline constexpr std::uint32_t kWeightBytes = kTiles * kTileBytes;  // of all of a block's weights
 template <OfNibbles F>
-inline constexpr std::uint32_t kRecordBytes =
-    kScaleBytes + kTiles * (F::kMasked ? std::uint32_t{kBands * sizeof(std::uint64_t)} : kTileBytes);
+inline constexpr std::uint32_t kMostRecordBytes = kScaleBytes + (F::kMasked ? kMaskBytes : 0) + kWeightBytes;
 
 static inline std::uint32_t band_pairs(std::uint32_t rows) { return ceil_div(rows, kBands * kLanes); }
+
+// Of a record with so many bytes of weights.
 template <OfNibbles F>
-static inline std::uint64_t records_bytes(std::uint32_t rows, std::uint32_t blocks) {
-  return std::uint64_t{band_pairs(rows)} * blocks * kRecordBytes<F>;
+static inline std::ptrdiff_t record_bytes_with(std::ptrdiff_t weight_bytes) {
+  return kScaleBytes + (F::kMasked ? kMaskBytes : 0) + round_up<std::ptrdiff_t>(weight_bytes, sizeof(std::uint64_t));
 }
 
 // From here on a load of 64 bytes would leave the matrix: masks must not lead past it.
@@ -113,5 +118,32 @@ template <class Byte>
 static inline const Byte* advanced(const Byte* values, std::ptrdiff_t count, const Byte* last) {
   return values + std::min(count, last - values);
 }
+
+// The records of nibbles, one after the other. Masks may have been rewritten since they were checked: where they could
+// lead out of the matrix, what is left of it is copied to where they cannot.
+namespace {
+
+template <OfNibbles F>
+class RecordReader {
+ public:
+  RecordReader(const Packed& packed, Unit unit) : at_(unit.begin), last_(last_values<std::uint8_t>(packed)) {}
+
+  // The next record, of which all bytes that it could have may be read, and 64 more.
+  const std::uint8_t* next() {
+    if (last_ - at_ >= kMostRecordBytes<F>) [[likely]] return at_;
+    const auto left = static_cast<std::size_t>(last_ - at_) + kOverread;
+    std::memcpy(copy_, at_, left);
+    std::memset(copy_ + left, 0, sizeof(copy_) - left);
+    return copy_;
+  }
+  // It had so many bytes of weights.
+  void used(std::ptrdiff_t weight_bytes) { at_ = advanced(at_, record_bytes_with<F>(weight_bytes), last_); }
+
+ private:
+  const std::uint8_t *at_, *last_;
+  alignas(std::uint64_t) std::uint8_t copy_[kMostRecordBytes<F> + kOverread];
+};
+
+}  // namespace
 
 }  // namespace owl

@@ -14,6 +14,7 @@ namespace owl {
 namespace {
 
 constexpr float kGroupInputLevels = 32639;  // the largest input: 127 * 256 + 127, so that both bytes have a sign
+constexpr std::uint32_t kLine = 64;          // bytes: each tile prefetches one; a record has not many more
 constexpr float kSmallestPeak = 0x1p-80f;   // groups of inputs all below it share its scale
 
 // The inputs of a group: 16-bit integers as their upper and their lower bytes, -128 to 127 each.
@@ -51,8 +52,7 @@ struct FewKernel<Isa, F> {
                        float (*sums)[kMaxRows]) {
     const Header& h = packed.header;
     const std::uint32_t rows = rows_of(h, slice), blocks = blocks_of<F>(h, 0);
-    const std::uint8_t* record = unit_of(packed, slice, 0).begin;
-    const std::uint8_t* values = record + records_bytes<F>(rows, blocks);
+    RecordReader<F> records(packed, unit_of(packed, slice, 0));
     const GroupScale* scales[kCount];
     for (int t = 0; t < kCount; ++t) {
       scales[t] = reinterpret_cast<const GroupScale*>(groups_of_token(inputs[t]) + blocks);
@@ -60,13 +60,12 @@ struct FewKernel<Isa, F> {
     for (std::uint32_t pair = 0; pair < band_pairs(rows); ++pair) {
       typename Isa::Lanes total[kBands * kCount];
       unrolled<kBands * kCount>([&](auto i) { total[i] = Isa::broadcast(0); });
-      Values of_bands{{values, values}};
-      for (std::uint32_t block = 0; block < blocks; ++block, record += kRecordBytes<F>) {
-        prefetch_record(record);
+      for (std::uint32_t block = 0; block < blocks; ++block) {
+        const std::uint8_t* const record = records.next();
         const std::int8_t* x[kCount];
         for (int t = 0; t < kCount; ++t) x[t] = groups_of_token(inputs[t])[block].upper;
         typename Isa::Group sum[kBands * kCount];
-        add_block<kCount>(record, of_bands, x, sum, last_values<std::uint8_t>(packed));
+        records.used(add_block<kCount>(record, x, sum));
         unrolled<kBands>([&](auto band) {
           const auto weight_scales = Isa::load_halves(record + band * kLanes * sizeof(std::uint16_t));
           unrolled<kCount>([&](auto t) {
@@ -79,7 +78,6 @@ struct FewKernel<Isa, F> {
           });
         });
       }
-      values = std::max(of_bands.next[0], of_bands.next[1]);
       unrolled<kBands * kCount>([&](auto i) {
         Isa::store(sums[i % kCount] + (pair * kBands + i / kCount) * kLanes, total[i]);
       });
@@ -87,13 +85,6 @@ struct FewKernel<Isa, F> {
   }
 
  private:
-  // Of int4, where each band's next weights are.
-  struct Values {
-    const std::uint8_t* next[kBands];
-  };
-  static constexpr std::uint32_t kMostBytes = kTiles * kTileBytes;  // that a band's weights have in a block
-  using LastValues = std::uint8_t[kMostBytes + kOverread];
-
   static const GroupInputs* groups_of_token(const std::byte* inputs) {
     return reinterpret_cast<const GroupInputs*>(inputs);
   }
@@ -122,80 +113,58 @@ struct FewKernel<Isa, F> {
     return {peak / kGroupInputLevels, sum};
   }
 
-  static void prefetch_record(const std::uint8_t* record) {
-    constexpr std::uint32_t kLine = 64;
-    unrolled<kRecordBytes<F> / kLine>([&](auto line) { Isa::prefetch(record + line * kLine); });
-  }
-
-  // sum[band * kCount + token]: a group of each row of both bands.
+  // sum[band * kCount + token]: a group of each row of both bands. Returns how many bytes the weights have.
   template <int kCount>
-  [[gnu::always_inline]] static void add_block(const std::uint8_t* record, Values& values,
-                                               const std::int8_t* const* x, typename Isa::Group* sum,
-                                               const std::uint8_t* last) {
-    // Masks may have been rewritten since they were checked. Where they could lead out of the matrix, what is left of it
-    // is copied to where they cannot.
-    LastValues copies[F::kMasked ? kBands : 1];
-    Values from = values;
-    for (std::uint32_t band = 0; F::kMasked && band < kBands; ++band) {
-      if (last - values.next[band] < kMostBytes) [[unlikely]] {
-        copy_last(copies[band], values.next[band], last);
-        from.next[band] = copies[band];
-      }
-    }
-    const Values first = from;
+  [[gnu::always_inline]] static std::ptrdiff_t add_block(const std::uint8_t* record, const std::int8_t* const* x,
+                                                         typename Isa::Group* sum) {
     // As many bands at once as there are registers for: two share the loads of inputs.
     constexpr int kTogether = kCount <= Isa::kTokensOfTwoBands ? kBands : 1;
+    std::ptrdiff_t most = 0;
     unrolled<kBands / kTogether>([&](auto turn) {
-      add_bands<kCount, turn * kTogether, kTogether>(record, from, x, sum + turn * kTogether * kCount);
+      most = std::max(most, add_bands<kCount, turn * kTogether, kTogether>(record, x, sum + turn * kTogether * kCount));
     });
-    for (std::uint32_t band = 0; F::kMasked && band < kBands; ++band) {
-      values.next[band] = advanced(values.next[band], from.next[band] - first.next[band], last);
-    }
+    return most;
   }
 
   template <int kCount, int kFirst, int kTogether>
-  [[gnu::always_inline]] static void add_bands(const std::uint8_t* record, Values& from, const std::int8_t* const* x,
-                                               typename Isa::Group* sums) {
+  [[gnu::always_inline]] static std::ptrdiff_t add_bands(const std::uint8_t* record, const std::int8_t* const* x,
+                                                         typename Isa::Group* sums) {
     typename Isa::Group sum[kTogether * kCount];
     unrolled<kTogether * kCount>([&](auto i) { sum[i] = Isa::zero_group(); });
+    const std::uint8_t* const weights = record + record_bytes_with<F>(0);
     const std::uint8_t* next[kTogether];
-    unrolled<kTogether>([&](auto b) { next[b] = from.next[kFirst + b]; });
+    unrolled<kTogether>([&](auto b) { next[b] = weights; });
     constexpr std::uint32_t kHalf = kTiles / 2;
     for (std::uint32_t half = 0; half < 2; ++half) {
       const auto* masks = reinterpret_cast<const std::uint64_t*>(record + kScaleBytes) + half * kHalf * kBands;
-      const std::uint8_t* tiles = record + kScaleBytes + half * kHalf * kTileBytes;
-      unrolled<kHalf>([&](auto tile) {
+      unrolled<kHalf>([&](auto i) {
+        const std::uint32_t tile = half * kHalf + i;
         typename Isa::Weights8 bytes[kTogether];
         unrolled<kTogether>([&](auto b) {
           if constexpr (F::kMasked) {
-            const std::uint64_t& mask = masks[tile * kBands + kFirst + b];
+            const std::uint64_t& mask = masks[i * kBands + kFirst + b];
             bytes[b] = Isa::expand(mask, signed_bytes(next[b]));
             next[b] += std::popcount(mask);
           } else {
-            bytes[b] = Isa::load8(signed_bytes(tiles + tile * kTileBytes));
+            bytes[b] = Isa::load8(signed_bytes(weights + tile * kTileBytes));
           }
         });
-        if constexpr (F::kMasked && kFirst == 0) Isa::prefetch(next[0]);
+        if constexpr (kFirst == 0) Isa::prefetch(record + tile * kLine);
+        if constexpr (kFirst == 0 && i == 0 && !F::kMasked) Isa::prefetch(record + (kTiles + half) * kLine);
         unrolled<kTogether>([&](auto b) {
-          const auto weights = Isa::template nibbles<kFirst + b>(bytes[b]);
-          unrolled<kCount>([&](auto t) {
-            Isa::add_tile(sum[b * kCount + t], weights, x[t] + (half * kHalf + tile) * kTileColumns);
-          });
+          const auto integers = Isa::template nibbles<kFirst + b>(bytes[b]);
+          unrolled<kCount>([&](auto t) { Isa::add_tile(sum[b * kCount + t], integers, x[t] + tile * kTileColumns); });
         });
       });
       unrolled<kTogether * kCount>([&](auto i) { Isa::half_done(sum[i]); });
     }
-    unrolled<kTogether>([&](auto b) { from.next[kFirst + b] = next[b]; });
     unrolled<kTogether * kCount>([&](auto i) { sums[i] = sum[i]; });
+    if constexpr (!F::kMasked) return kWeightBytes;
+    return *std::max_element(next, next + kTogether) - weights;
   }
 
   static const std::int8_t* signed_bytes(const std::uint8_t* bytes) {
     return reinterpret_cast<const std::int8_t*>(bytes);
-  }
-  [[gnu::noinline]] static void copy_last(LastValues& copy, const std::uint8_t* values, const std::uint8_t* last) {
-    const std::size_t left = static_cast<std::size_t>(last - values) + kOverread;
-    std::memcpy(copy, values, left);
-    std::memset(copy + left, 0, sizeof(copy) - left);
   }
 };
 
