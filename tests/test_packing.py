@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from owl_deploy.rounding import GRIDS
 from owl_deploy.sparse import library
 
 pytestmark = pytest.mark.skipif(
@@ -28,6 +30,8 @@ Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Packed = NDArray[np.uint8]
 
+DENSE = ("dense8", "dense4")  # what stores zeros, too
+NIBBLES = ("int4", "dense4")
 LEVELS = {"packed16": 1023, "int8": 127, "dense8": 127}  # the largest integer that stands for a weight
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 255, 256, 257, 300)
 FEW_TOKENS = 7  # that all kernels take as few, whatever number they draw the line at
@@ -86,7 +90,8 @@ def read_as_specified(data: bytes) -> tuple[Floats, Mask]:
     assert not any(table % 64)
     assert not any(data[int(table[-1]) :])
     assert size >= int(table[-1]) + 64
-    scales = np.frombuffer(data, "<f4", rows, scales_at) if format > 1 else np.ones(rows, np.float32)
+    row_scales = format in (2, 3, 4)
+    scales = np.frombuffer(data, "<f4", rows, scales_at) if row_scales else np.ones(rows, np.float32)
     halves = rows // 2 if paired else rows
     step = slice_rows // 2 if paired else slice_rows
     weights = np.zeros((rows, columns), np.float32)
@@ -104,15 +109,17 @@ def read_as_specified(data: bytes) -> tuple[Floats, Mask]:
             width = min(panel_columns, columns - first)
             if format <= 2:
                 found = read_packed_unit(unit, len(matrix_rows), width, format)
+            elif format >= 5:
+                found = read_4_bit_unit(unit, len(matrix_rows), width, format)
             else:
                 found = read_8_bit_unit(unit, len(matrix_rows), width, format)
                 integer_sums[stored] = found[0].sum(axis=1)
             mask[matrix_rows, first : first + width] = found[1]
             weights[matrix_rows, first : first + width] = found[0] * scales[stored, None]
 
-    if format > 2:
+    if format in (3, 4):
         assert np.array_equal(integer_sums, np.frombuffer(data, "<i4", rows, sums_at))
-    assert nonzeros == (mask.sum() if format != 4 else nonzeros)
+    assert nonzeros == (mask.sum() if format not in (4, 6) else nonzeros)
     return weights, mask
 
 
@@ -164,6 +171,48 @@ def read_8_bit_unit(unit: bytes, rows: int, columns: int, format: int) -> tuple[
     return by_row[:rows, :columns], mask_by_row[:rows, :columns]
 
 
+def read_4_bit_unit(unit: bytes, rows: int, columns: int, format: int) -> tuple[Floats, Mask]:
+    blocks, pairs = -(-columns // 64), -(-rows // 32)
+    weights = np.zeros((pairs, 2, 16, blocks, 16, 4), np.float32)  # pair, band, row, block, tile, column
+    mask = np.zeros(weights.shape, np.bool_)
+    at = 0
+    for pair in range(pairs):
+        for block in range(blocks):
+            start = at
+            scales = np.frombuffer(unit, "<f2", 32, at).astype(np.float32).reshape(2, 16)
+            at += 64
+            stored = np.ones((16, 2, 16, 4), np.bool_)  # tile, band, row, column
+            if format == 5:
+                bits = np.unpackbits(np.frombuffer(unit, np.uint8, 256, at), bitorder="little")
+                stored = bits.astype(np.bool_).reshape(stored.shape)
+                at += 256
+            by_band = stored.swapaxes(0, 1)
+            counts = by_band.sum(axis=(1, 2, 3))
+            together = np.frombuffer(unit, np.uint8, counts.max(), at)
+            at += counts.max()
+            if format == 5:
+                padding = -(at - start) % 8
+                assert not any(unit[at : at + padding])
+                at += padding
+            for band, nibbles in enumerate((together & 15, together >> 4)):
+                assert not nibbles[counts[band] :].any()
+                signed = ((nibbles.astype(np.int8) ^ 8) - 8)[: counts[band]]
+                found = np.zeros((16, 16, 4), np.float32)  # tile, row, column
+                found[by_band[band]] = signed
+                scaled = found * scales[band][:, None]
+                scaled[~by_band[band]] = 0
+                weights[pair, band, :, block] = scaled.swapaxes(0, 1)
+                mask[pair, band, :, block] = by_band[band].swapaxes(0, 1)
+    assert not any(unit[at:])
+    assert len(unit) - at < 64
+    shape = 32 * pairs, 64 * blocks
+    by_row, mask_by_row = weights.reshape(shape), mask.reshape(shape)
+    beyond = mask_by_row if format == 5 else by_row
+    assert not beyond[rows:].any()
+    assert not beyond[:, columns:].any()
+    return by_row[:rows, :columns], mask_by_row[:rows, :columns]
+
+
 def rounded_as_specified(weights: Floats, format: str) -> Floats:
     """What FORMAT.md says that packing makes of weights."""
     if format == "packed32":
@@ -174,6 +223,8 @@ def rounded_as_specified(weights: Floats, format: str) -> Floats:
         c = np.where(c <= 0, c + 32, c)
         c = np.where(c >= 0x7F800000, c - 32, c)
         return np.where(m != 0, (sign | c).astype(np.uint32).view(np.float32), np.float32(0))
+    if format in NIBBLES:
+        return rounded_to_4_bits(weights)
     scale = scales_as_specified(weights, format)
     with np.errstate(divide="ignore", invalid="ignore"):
         q = np.clip(np.rint(weights / scale), -LEVELS[format], LEVELS[format])
@@ -189,6 +240,51 @@ def scales_as_specified(weights: Floats, format: str) -> Floats:
     return np.where(largest == 0, np.float32(0), np.maximum(scale, np.float32(2.0**-126)))
 
 
+def in_groups(weights: Floats) -> Floats:
+    """[rows, groups, 64]"""
+    return np.pad(weights, ((0, 0), (0, -weights.shape[1] % 64))).reshape(len(weights), -1, 64)
+
+
+def as_half(values: Floats) -> Floats:
+    return np.clip(values, -65504, 65504).astype(np.float16).astype(np.float32)
+
+
+def points_of_grid(weights: Floats, scale: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        q = np.clip(np.rint(weights / scale[..., None]), -8, 7)
+    return np.where(scale[..., None] == 0, np.float32(0), q).astype(np.float32) * scale[..., None]
+
+
+def rounded_to_4_bits(weights: Floats) -> Floats:
+    groups = in_groups(weights)
+    highest, lowest = groups.max(-1), groups.min(-1)
+    largest = np.where(highest > -lowest, highest, lowest)
+    chosen, is_chosen = np.zeros_like(largest), largest == 0
+    for k in range(-8, 0):
+        scale = as_half(largest / np.float32(k))
+        is_on_grid = ~is_chosen & (points_of_grid(groups, scale) == groups).all(-1)
+        chosen[is_on_grid] = scale[is_on_grid]
+        is_chosen |= is_on_grid
+    widest, least = as_half(largest / np.float32(-8)), np.full(largest.shape, np.inf)
+    for cut in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+        scale = as_half(np.float32(cut) * widest)
+        squares = np.square(points_of_grid(groups, scale).astype(np.float64) - groups)
+        sums = sum_in_order(np.moveaxis(squares.reshape(*largest.shape, 8, 8), -2, 0))
+        error = sum_in_order(np.moveaxis(sums, -1, 0))
+        is_better = ~is_chosen & (scale != 0) & (error < least)
+        chosen[is_better] = scale[is_better]
+        least = np.where(is_better, error, least)
+    points: Floats = points_of_grid(groups, chosen).reshape(len(weights), -1)[:, : weights.shape[1]]
+    return points
+
+
+def sum_in_order(values: Doubles) -> Doubles:
+    total = np.zeros_like(values[0])
+    for value in values:
+        total += value
+    return total
+
+
 def assert_same_floats(found: Floats, wanted: Floats) -> None:
     assert found.dtype == wanted.dtype == np.float32
     assert np.array_equal(found, wanted)
@@ -199,13 +295,18 @@ def assert_same_floats(found: Floats, wanted: Floats) -> None:
 
 def check_unpacked(case: Case) -> None:
     weights, mask = library.unpack_with_mask(case.packed)
-    stored = np.ones_like(mask) if case.format == "dense8" else case.weights != 0
+    stored = np.ones_like(mask) if case.format in DENSE else case.weights != 0
     assert np.array_equal(mask, stored)
     assert not weights[case.weights == 0].any()
     exact = case.weights.astype(np.float64)
     error = np.abs(weights - exact)
     if case.format == "packed32":
         assert (error <= np.maximum(2.0**-19 * np.abs(exact), 31 * 2.0**-149)).all()
+    elif case.format in NIBBLES:  # the largest may be cut to 0.7, and has 7 steps on one side; scales are fp16's
+        largest = np.abs(in_groups(case.weights)).max(-1, keepdims=True).astype(np.float64)
+        groups = np.abs(in_groups(case.weights))
+        bound = np.maximum(0.4 * largest + 2.0**-21, np.where(largest > 8 * 65504, groups, 0))
+        assert (error <= bound.reshape(len(error), -1)[:, : error.shape[1]]).all()
     else:
         scale = scales_as_specified(case.weights, case.format).astype(np.float64)
         bound = np.broadcast_to(0.5002 * scale, error.shape)  # the division and the product are rounded, too
@@ -261,6 +362,23 @@ def test_same_weights_same_bytes(case: Case) -> None:
     assert np.array_equal(packed, library.pack(with_negative_zeros, case.format, case.paired))
 
 
+@quickly
+@given(st.sampled_from(NIBBLES), st.floats(0, 1), st.integers(0, 2**32), st.booleans())
+def test_weights_on_the_4_bit_grid_come_back_as_they_are(format: str, sparsity: float, seed: int, cut: bool) -> None:
+    """As training and GPTQ round them; the second cuts the largest of a group, and the lowest integer may be missing."""
+    generator = np.random.default_rng(seed)
+    weights = generator.standard_normal((40, 200)).astype(np.float32) * np.float32(2.0 ** generator.integers(-8, 4))
+    weights[generator.random(weights.shape) < sparsity] = 0
+    grid, matrix = GRIDS["int4"], torch.from_numpy(weights)
+    on_grid = grid.rounded(matrix).numpy()
+    if cut:
+        groups = torch.from_numpy(in_groups(weights))
+        rounded = grid.nearest(groups, grid.best_scales(matrix)[..., None]).numpy()
+        lowest = rounded.min(-1, keepdims=True)
+        on_grid = np.where(rounded == lowest, np.float32(0), rounded).reshape(40, -1)[:, :200]
+    assert_same_floats(library.unpack(library.pack(on_grid, format)), on_grid)
+
+
 @pytest.mark.parametrize(
     ("format", "density", "most"),
     [
@@ -269,6 +387,9 @@ def test_same_weights_same_bytes(case: Case) -> None:
         ("packed16", 0.3, 0.7),
         ("int8", 0.3, 0.44),
         ("dense8", 0.3, 1.01),
+        ("int4", 0.3, 0.32),
+        ("int4", 0.5, 0.42),
+        ("dense4", 0.3, 0.54),
     ],
 )
 def test_takes_the_bytes_per_weight_that_were_promised(format: str, density: float, most: float) -> None:
@@ -325,7 +446,7 @@ def lengthen(data: bytearray) -> None:
         ("packed32", put(0, "I", 0x4B4C5750), "magic"),
         ("packed32", put(4, "H", 2), "another version"),
         ("packed32", put(6, "B", 0), "unknown weight format"),
-        ("packed32", put(6, "B", 5), "unknown weight format"),
+        ("packed32", put(6, "B", 7), "unknown weight format"),
         ("packed32", put(7, "B", 2), "pairing"),
         ("packed32", put(8, "I", 0), "shape"),
         ("packed32", put(12, "I", 2**24 + 1), "shape"),
@@ -356,6 +477,13 @@ def lengthen(data: bytearray) -> None:
         ("int8", in_first_unit(152, "Q", 1), "row is out of range"),
         ("int8", in_first_unit(0, "16s", bytes(16)), "wrong length"),
         ("dense8", lengthen, "wrong length"),
+        ("int4", in_first_unit(0, "H", 0x7C00), "scale is not finite"),
+        ("int4", in_first_unit(64 + 10 * 16, "Q", 1), "out of range"),
+        ("int4", in_first_unit(64 + 8, "Q", 1 << 12), "out of range"),
+        ("int4", in_first_unit(64, "256s", bytes(256)), "wrong length"),
+        ("int4", put(72, "Q", 320), "out of range|too short"),
+        ("int4", lengthen, "wrong length"),
+        ("dense4", lengthen, "wrong length"),
     ],
 )
 def test_refuses_damage(format: str, damage: Callable[[bytearray], None], reason: str) -> None:
@@ -378,6 +506,9 @@ def product_bounds(case: Case, x: Floats) -> tuple[Doubles, Doubles]:
     if case.format in ("int8", "dense8"):  # few tokens' inputs are rounded to 24 bits
         level = np.abs(exact).max(axis=1, keepdims=True) / 8388607
         error = np.maximum(error, 1.5 * level * np.abs(weights).sum(axis=1) + 2.0**-22 * size)
+    if case.format in NIBBLES:  # any inputs are rounded to 16 bits of their group's largest
+        level = np.repeat(np.abs(in_groups(x)).max(-1), 64, axis=1)[:, : x.shape[1]].astype(np.float64) / 32639
+        error += 0.501 * level @ np.abs(weights).T
     error += 1e-37
     if case.paired:
         gate, up = np.split(y, 2, axis=1)
@@ -402,10 +533,13 @@ def test_products_are_those_of_the_unpacked_weights(case: Case, tokens: int, see
         assert y.shape == wanted.shape
         wrong = np.abs(y - wanted) > error
         assert not wrong.any(), f"{kernels}: {y[wrong][:3]} is not {wanted[wrong][:3]} +- {error[wrong][:3]}"
-        if case.format in ("int8", "dense8") and tokens <= FEW_TOKENS:  # sums of integers, and those are exact
+        # sums of integers, and those are exact
+        if case.format in NIBBLES or (case.format in ("int8", "dense8") and tokens <= FEW_TOKENS):
             assert np.array_equal(y, found["scalar"])
     assert np.array_equal(library.product(packed, x)[0], found[library.instruction_sets()[0]])
     assert np.array_equal(library.product(packed, x, threads=2)[0], found[library.instruction_sets()[0]])
+    if case.format in NIBBLES:
+        assert np.array_equal(library.product(packed, x[-1:])[0], found["scalar"][-1:])
 
 
 def test_an_outlier_among_inputs_costs_the_others_nothing() -> None:
@@ -429,7 +563,7 @@ def test_tiny_inputs_give_tiny_outputs(format: str, tokens: int) -> None:
         assert (np.abs(y) < 2.0**-120).all()
 
 
-@pytest.mark.parametrize("format", ["packed16", "int8"])
+@pytest.mark.parametrize("format", ["packed16", "int8", "int4"])
 def test_inputs_of_many_tokens_are_taken_in_turns(format: str) -> None:
     """Of 300 tokens and so many columns, the scratch has no room for all of them at once."""
     generator = np.random.default_rng(0)
@@ -482,6 +616,8 @@ KEPT = {
     "dense8": Kept(
         "ab5132573d1b5f99", ("57cca7fc3c6bfd49", "cde5730cdffa3f7c"), ("57cca7fc3c6bfd49", "0e29bb6f6fc098bd")
     ),
+    "int4": Kept("cd4cf8fedc900b97", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")),
+    "dense4": Kept("88fea50bddd7ee3b", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")),
 }
 
 

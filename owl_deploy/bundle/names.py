@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from owl_deploy.sparse.formats import WEIGHTS, Weights
 
-SparseFlavor = Literal["sparse-packed32", "sparse-packed16", "sparse-int8"]
+SparseFlavor = Literal["sparse-packed32", "sparse-packed16", "sparse-int8", "sparse-int4"]
 Flavor = Literal[
     "standard",
     "genai",

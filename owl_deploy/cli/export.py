@@ -22,12 +22,13 @@ def export(
         ),
     ] = "all",
     weights: Annotated[
-        str, typer.Option(help="Weight format of the sparse flavor: packed32, packed16, int8, or a list.")
+        str, typer.Option(help="Weight format of the sparse flavor: packed32, packed16, int8, int4, or a list.")
     ] = "packed32",
     head: Annotated[
         Optional[str],
         typer.Option(
-            help="Weight format of the sparse flavor's LM head: fp32 or int8. Default: int8 with int8, else fp32."
+            help="Weight format of the sparse flavor's LM head: fp32, int8 or int4. Default: int8 with int8 and int4, "
+            "else fp32."
         ),
     ] = None,
     kv_cache: Annotated[
@@ -49,7 +50,8 @@ def export(
 
     `standard` is portable (opset 14, for DeepSparse and any other reader of ONNX). `genai` is the graph that
     onnxruntime-genai builds, the fastest for dense weights in ONNX Runtime. `sparse` is the same graph with packed
-    weights, for our own operator: packed32 (fp32), packed16 (11 bits) or int8.
+    weights, for our own operator: packed32 (fp32), packed16 (11 bits), int8 or int4. What was rounded to int8 or int4
+    by `prune` or `recover` is stored exactly as it is; other weights are rounded here, and the bundle says by how much.
 
     If the weights in a graph differ from the checkpoint's, or its logits from torch's, the export fails and leaves
     nothing behind. If the bundle exists already, the flavors it lacks are added.
@@ -63,6 +65,8 @@ def export(
         owl-deploy export sparse -o bundle --flavor sparse --weights packed16,int8
 
         owl-deploy export sparse -o bundle --flavor sparse --weights int8 --kv-cache int8 --calibration wikitext2
+
+        owl-deploy export recovered -o bundle --flavor sparse --weights int4
     """
     from owl_deploy.bundle.names import FLAVORS, KV_CACHES, Flavor, sparse_flavor
     from owl_deploy.exporting.run import export_checkpoint

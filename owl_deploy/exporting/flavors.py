@@ -133,6 +133,7 @@ EXPORTERS: dict[Flavor, Dense | Packed | Peer] = {
     "sparse-packed32": Packed("packed32"),
     "sparse-packed16": Packed("packed16"),
     "sparse-int8": Packed("int8"),
+    "sparse-int4": Packed("int4"),
     "genai-int8": Peer(write_genai_int8, RoundedOnnxRuntimeEngine),
     "genai-int4": Peer(write_genai_int4, RoundedOnnxRuntimeEngine),
     "openvino": Peer(partial(write_openvino, "fp32")),

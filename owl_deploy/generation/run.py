@@ -18,7 +18,14 @@ from owl_deploy.models.load import load_tokenizer
 from owl_deploy.models.source import ModelSource
 
 # Decoding is bound by the bytes of the weights: the fewest come first.
-_PREFERRED: tuple[Flavor, ...] = ("sparse-int8", "sparse-packed16", "sparse-packed32", "genai", "standard")
+_PREFERRED: tuple[Flavor, ...] = (
+    "sparse-int4",
+    "sparse-int8",
+    "sparse-packed16",
+    "sparse-packed32",
+    "genai",
+    "standard",
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def write_packed(
         CheckFailed: a weight in the file is not the model's.
     """
     linears = linears_of_parts(model, dense.audit)
-    head = head or ("int8" if weights == "int8" else "fp32")
+    head = head or ("int8" if weights in ("int8", "int4") else "fp32")
     matrices = write_sparse(dense.directory / GRAPH, out / GRAPH, weights=weights, head=head, linears=linears)
     for file in dense.directory.iterdir():
         if file.is_file() and not file.name.startswith(GRAPH):

@@ -22,9 +22,9 @@ from owl_deploy.bundle.records import MatrixRecord
 from owl_deploy.bundle.tensors import ExternalData, external_array, transposed
 from owl_deploy.errors import UserError
 from owl_deploy.exporting.graphs.cache import exact_cache
-from owl_deploy.exporting.graphs.selection import choose
+from owl_deploy.exporting.graphs.selection import choose, choose_head
 from owl_deploy.machine.threads import in_order
-from owl_deploy.sparse.formats import SPARSE_DOMAIN, SPARSE_OPERATOR, Head, Stored, Weights
+from owl_deploy.sparse.formats import SPARSE_DOMAIN, SPARSE_OPERATOR, Head, Weights
 from owl_deploy.sparse.library import pack
 
 HEAD = "lm_head.MatMul.weight"  # what onnxruntime-genai's builder calls it
@@ -187,7 +187,7 @@ def _pack(
     rows, columns = matrix.shape
     nonzeros = int(np.count_nonzero(matrix))
     is_head = product.parts == [HEAD]
-    wanted: Stored = choose(weights, nonzeros / matrix.size) if not is_head else "dense8" if head == "int8" else "fp32"
+    wanted = choose_head(head) if is_head else choose(weights, nonzeros / matrix.size)
     stored = None
     if wanted != "fp32":
         try:

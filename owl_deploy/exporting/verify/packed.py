@@ -19,6 +19,9 @@ from owl_deploy.sparse.library import unpack
 
 # The largest error of a stored weight, as a part of the largest of its row; packed32's is a part of the weight itself.
 _ROW_ERROR: dict[Stored, float] = {"packed16": 1.001 / 1023, "int8": 0.501 / 127, "dense8": 0.501 / 127}
+# … and of a stored 4-bit weight, as a part of the largest of its group: that may be cut to 0.7, and has 7 steps of an
+# eighth on one side. Scales are fp16, which has no finer steps than 2^-24.
+_GROUP_ERROR, _GROUP, _HALF_STEPS = 0.4, 64, 2.0**-21
 _OWN_ERROR = 2.0**-18
 _ROWS = 64  # looked at together: what is computed of them stays in the cache
 _SMALLEST = 2.0**-120  # errors below it are those of denormal weights
@@ -72,13 +75,21 @@ def _check_rows(
     if stored_as in ("packed32", "packed16") and (is_zero > is_pruned).any():
         raise CheckFailed(f"{name}: a weight was lost on the way into the packed graph")
     error, size = np.abs(stored - weight), np.abs(weight)
-    if stored_as in _ROW_ERROR:
+    if stored_as in ("int4", "dense4"):
+        allowed = _largest_of_groups(size) * np.float32(_GROUP_ERROR) + np.float32(_HALF_STEPS)
+    elif stored_as in _ROW_ERROR:
         allowed = size.max(axis=1, keepdims=True) * _ROW_ERROR[stored_as]
     else:
         allowed = size * np.float32(_OWN_ERROR)
     if not (error <= allowed + _SMALLEST).all():  # NaN fails too
         raise CheckFailed(f"{name}: packed as {stored_as}, a weight is off by {error.max():.3g}")
     return _squares(error), _squares(size)
+
+
+def _largest_of_groups(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest of each row's group of columns, for each of them: [rows, columns]."""
+    largest = np.maximum.reduceat(values, np.arange(0, values.shape[1], _GROUP), axis=1)
+    return np.repeat(largest, _GROUP, axis=1)[:, : values.shape[1]]
 
 
 def _squares(values: NDArray[np.float32]) -> float:
