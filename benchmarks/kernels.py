@@ -1,11 +1,13 @@
 """Measure the kernels alone: weights and bytes a second by format, instruction set and density, beside dense fp32.
 
-    python benchmarks/kernels.py DIRECTORY [--threads 1,2] [--tokens 1,128] [--rounds 7]
+    python benchmarks/kernels.py DIRECTORY [--threads 1,2] [--tokens 1,128] [--rounds 7] [--sparsities 0.5,0.7]
+        [--formats int8,int4] [--kernels avx512] [--shapes 576x1536,2048x5632]
 
 Writes kernels.csv, kernels.md and kernels.png. Every matrix is measured twice: small enough for a core's own cache,
 and of 512 MiB in fp32, of which the sparsest formats still leave less than the last cache of a large server. A rate
 counts all weights of the matrix, zeros included, so that formats compare; the median of interleaved rounds is reported,
-with the smallest and the largest in the CSV.
+with the smallest and the largest in the CSV. `--shapes` measures matrices of these rows and columns instead, from wherever
+they fit.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ from owl_deploy.sparse.library import instruction_sets, pack, product
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CACHED, LARGE = (512, 1024), (65536, 2048)  # rows and columns
 MANY_TOKENS = (5632, 2048)
+DENSE = ("dense8", "dense4")  # of matrices without zeros
 SAMPLE_S = 0.05
 
 Run = Callable[[int], float]  # repeats -> nanoseconds
@@ -43,13 +47,24 @@ def main() -> None:
     parser.add_argument("--threads", default=f"1,{available_cores()}")
     parser.add_argument("--tokens", default="1,128")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--kernels", default=",".join(instruction_sets()))
+    parser.add_argument("--shapes", default="")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
+    asked = Asked(
+        tuple(map(float, arguments.sparsities.split(","))),
+        arguments.formats.split(","),
+        arguments.kernels.split(","),
+    )
     rows = []
     for tokens in map(int, arguments.tokens.split(",")):
         shapes = {"cache": CACHED, "memory": LARGE} if tokens == 1 else {"memory": MANY_TOKENS}
+        if arguments.shapes:
+            shapes = {f"a matrix of {name}": shape_of(name) for name in arguments.shapes.split(",")}
         for (place, shape), threads in itertools.product(shapes.items(), map(int, arguments.threads.split(","))):
-            rows += measure(place, shape, tokens, threads, arguments.rounds)
+            rows += measure(asked, place, shape, tokens, threads, arguments.rounds)
             print(f"{place}, {tokens} tokens, {threads} threads: done", flush=True)
     with (arguments.directory / "kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -61,21 +76,37 @@ def main() -> None:
     plot(rows, title, arguments.directory / "kernels.png")
 
 
-def measure(place: str, shape: tuple[int, int], tokens: int, threads: int, rounds: int) -> list[dict[str, object]]:
-    """All formats, instruction sets and sparsities on matrices of one shape, in interleaved rounds."""
+def shape_of(name: str) -> tuple[int, int]:
+    """Rows and columns of "576x1536"."""
+    rows, _, columns = name.partition("x")
+    return int(rows), int(columns)
+
+
+class Asked(NamedTuple):
+    """What is measured of each shape."""
+
+    sparsities: tuple[float, ...]
+    formats: list[str]
+    kernels: list[str]
+
+
+def measure(
+    asked: Asked, place: str, shape: tuple[int, int], tokens: int, threads: int, rounds: int
+) -> list[dict[str, object]]:
+    """The formats, instruction sets and sparsities on matrices of one shape, in interleaved rounds."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((tokens, shape[1]), np.float32)
     rows = []
-    for sparsity in (0.0, *SPARSITIES):
+    for sparsity in (0.0, *asked.sparsities):
         weights = matrix(rng, shape, sparsity)
         runs: dict[tuple[str, str], tuple[Run, int]] = {}
         if sparsity == 0:
             runs["fp32", "torch"] = dense(weights, x, threads), weights.nbytes
-        for name in FORMATS if sparsity else ("dense8",):
-            if sparsity and name == "dense8":
+        for name in asked.formats:
+            if (name in DENSE) != (sparsity == 0):
                 continue
             packed = pack(weights, name)
-            for kernels in instruction_sets():
+            for kernels in asked.kernels:
                 runs[name, kernels] = packed_run(packed, x, kernels, threads), packed.nbytes
         samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         repeats = {key: max(1, int(SAMPLE_S * 1e9 / run(1))) for key, (run, _) in runs.items()}
@@ -159,18 +190,20 @@ def plot(rows: list[dict[str, object]], title: str, path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
     for axes, (place, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         chosen = [row for row in rows if (row["from"], row["threads"], row["tokens"]) == (place, threads, 1)]
-        for index, name in enumerate(("packed32", "packed16", "int8")):
+        for index, name in enumerate(("packed32", "packed16", "int8", "int4")):
             line = [row for row in chosen if row["format"] == name and row["kernels"] == best]
             axes.plot(
                 [100 * float(str(row["sparsity"])) for row in line],
                 [float(str(row["gweights_per_s"])) for row in line],
                 color=COLOURS[index],
-                marker="os^"[index],
+                marker="os^D"[index],
                 label=f"{name} ({best})",
             )
-        for index, (name, label) in enumerate((("fp32", "dense fp32 (torch)"), ("dense8", f"dense8 ({best})"))):
-            rate = next(row["gweights_per_s"] for row in chosen if row["format"] == name)
-            axes.axhline(float(str(rate)), color="#444444", linestyle=("--", ":")[index], label=label)
+        labels = {"fp32": "dense fp32 (torch)"} | {name: f"{name} ({best})" for name in DENSE}
+        for index, (name, label) in enumerate(labels.items()):
+            rate = next((row["gweights_per_s"] for row in chosen if row["format"] == name), None)
+            if rate is not None:
+                axes.axhline(float(str(rate)), color="#444444", linestyle=("--", ":", "-.")[index], label=label)
         axes.set_title(f"from {place}, {plural(threads, 'thread')}")
         axes.set_xlabel("sparsity (%)")
         axes.set_ylim(bottom=0)

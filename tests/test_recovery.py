@@ -194,16 +194,20 @@ def test_a_model_trained_on_a_grid_is_on_it(
         assert not weight[linears_in(sparse)[linear] == 0].any()
 
 
-def test_int8_is_exported_as_it_was_trained(run_cli: RunCli, tiny_model: TinyModel, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_weights_are_exported_as_they_were_trained(
+    run_cli: RunCli, tiny_model: TinyModel, text: Path, tmp_path: Path, weights: str
+) -> None:
     dense, sparse, out = tiny_model("llama", head_dim=16), tmp_path / "sparse", tmp_path / "out"
     assert run_cli("prune", dense, "-o", sparse, *PRUNED).code == 0
-    arguments = [sparse, "--dense", dense, "-o", out, "--text", text, *OPTIONS, "--weights", "int8"]
+    arguments = [sparse, "--dense", dense, "-o", out, "--text", text, *OPTIONS, "--weights", weights]
     assert run_cli("recover", *arguments).code == 0
     bundle = tmp_path / "bundle"
-    ran = run_cli("export", out, "-o", bundle, "--flavor", "sparse", "--weights", "int8", "--head", "fp32", "--quiet")
+    ran = run_cli("export", out, "-o", bundle, "--flavor", "sparse", "--weights", weights, "--head", "fp32", "--quiet")
     assert ran.code == 0, ran.stderr
     manifest = json.loads((bundle / "bundle.json").read_text())
-    assert manifest["flavors"]["sparse-int8"]["packed"]["error"] == 0.0
+    assert manifest["flavors"][f"sparse-{weights}"]["packed"]["error"] == 0.0
+    assert manifest["flavors"][f"sparse-{weights}"]["parity"]["max_abs_difference"] < 1e-4
     assert manifest["base_sha256"] == ModelSource("dense", dense).fingerprint()
 
 

@@ -12,7 +12,8 @@
 namespace owl {
 namespace {
 
-constexpr std::uint32_t kFlushBlocks = 32;   // products are summed in 32 bits over no more of them
+constexpr std::uint32_t kFlushBlocks = 32;   // products are summed in 32 bits over no more of them …
+constexpr std::uint32_t kKeptBlocks = 1024;  // … and then kept, for 16 rows to be added up together, over these
 constexpr float kInputLevels = 8388607;      // the largest 24-bit input
 constexpr float kSmallestScale = 0x1p-100f;  // inputs all below it share it: 1 / scale must be a number, too
 
@@ -54,57 +55,69 @@ struct FewKernel<Isa, F> {
     const auto* masks = reinterpret_cast<const std::uint64_t*>(unit.begin);
     const auto* values = reinterpret_cast<const std::int8_t*>(unit.begin + values_offset<F>(rows, blocks));
     const auto* const last = last_values<std::int8_t>(packed);
-    float scales[kCount];
-    for (int t = 0; t < kCount; ++t) scales[t] = *scale(h, inputs[t]);
     const std::int32_t* weight_sums = packed.sums + std::size_t{slice} * h.slice_rows;
-    constexpr int kSums = kRowsTogether * kCount;  // two rows at once: one's additions fill the waits of the other's
-    for (std::uint32_t row = 0; row < rows; row += kRowsTogether) {
-      std::int64_t total[kSums] = {};
-      for (std::uint32_t block = 0; block < blocks;) {
-        const std::uint32_t end = std::min(blocks, block + kFlushBlocks);
-        const std::int8_t* next = values;
-        // Masks may have been rewritten since they were checked. Where they could lead out of the matrix, what is left
-        // of it is copied to where they cannot.
-        LastValues copy;
-        if constexpr (F::kMasked) {
-          if (last - values < (end - block) * kRowsTogether * kMaskColumns) [[unlikely]] {
-            copy_last(copy, values, last);
-            next = copy;
-          }
-        }
-        const std::int8_t* const first = next;
-        const auto next_weights = [&] {
+    for (std::uint32_t first = 0; first < rows; first += kLanes) {
+      const std::uint32_t count = std::min(kLanes, stored_rows(rows) - first);
+      std::int64_t total[kCount][kLanes] = {};
+      typename Isa::RowSums of_rows[kCount];
+      if (count < kLanes) std::memset(static_cast<void*>(of_rows), 0, sizeof(of_rows));
+      for (std::uint32_t row = 0; row < count; row += kRowsTogether) {
+        for (std::uint32_t block = 0; block < blocks;) {
+          const std::uint32_t begin = block, end = std::min(blocks, block + kFlushBlocks);
+          const std::int8_t* next = values;
+          // Masks may have been rewritten since they were checked. Where they could lead out of the matrix, what is left
+          // of it is copied to where they cannot.
+          LastValues copy;
           if constexpr (F::kMasked) {
-            const std::uint64_t& mask = *masks++;
-            const auto weights = Isa::expand(mask, next);
-            next += std::popcount(mask);
-            return weights;
-          } else {
-            next += kMaskColumns;
-            return Isa::load8(next - kMaskColumns);
+            if (last - values < (end - block) * kRowsTogether * kMaskColumns) [[unlikely]] {
+              copy_last(copy, values, last);
+              next = copy;
+            }
           }
-        };
-        typename Isa::Sum sum[kSums];
-        unrolled<kSums>([&](auto i) { sum[i] = Isa::zero_sum(); });
-        for (; block < end; ++block) {
-          Isa::prefetch(next);
-          if constexpr (F::kMasked) {
-            Isa::prefetch(masks);
-          } else {
-            Isa::prefetch(next + kMaskColumns);
+          const std::int8_t* const first_value = next;
+          constexpr int kSums = kRowsTogether * kCount;  // two rows at once: one's additions fill the waits of the other's
+          typename Isa::Sum sum[kSums];
+          unrolled<kSums>([&](auto i) { sum[i] = Isa::zero_sum(); });
+          for (; block < end; ++block) {
+            Isa::prefetch(next);
+            if constexpr (F::kMasked) {
+              Isa::prefetch(masks);
+            } else {
+              Isa::prefetch(next + kMaskColumns);
+            }
+            typename Isa::Weights8 weights[kRowsTogether];
+            unrolled<kRowsTogether>([&](auto r) {
+              if constexpr (F::kMasked) {
+                weights[r] = Isa::expand(masks[r], next);
+                next += std::popcount(masks[r]);
+              } else {
+                weights[r] = Isa::load8(next);
+                next += kMaskColumns;
+              }
+            });
+            if constexpr (F::kMasked) masks += kRowsTogether;
+            unrolled<kCount>([&](auto t) {
+              const auto x = Isa::load_inputs(inputs[t], block);
+              unrolled<kRowsTogether>([&](auto r) { Isa::add_product(sum[r * kCount + t], weights[r], x); });
+            });
           }
-          unrolled<kRowsTogether>([&](auto r) {
-            const auto weights = next_weights();
-            unrolled<kCount>([&](auto t) { Isa::add_product(sum[r * kCount + t], weights, inputs[t], block); });
+          unrolled<kSums>([&](auto i) {
+            constexpr int r = i / kCount, t = i % kCount;
+            if (begin < kKeptBlocks) {
+              Isa::keep(of_rows[t], row + r, sum[i], begin == 0);
+            } else {
+              total[t][row + r] += Isa::total(sum[i]);
+            }
           });
+          values = F::kMasked ? advanced(values, next - first_value, last) : next;
         }
-        unrolled<kSums>([&](auto i) { total[i] += Isa::total(sum[i]); });
-        values = F::kMasked ? advanced(values, next - first, last) : next;
       }
-      for (std::uint32_t r = 0; r < kRowsTogether && row + r < rows; ++r) {
-        for (int t = 0; t < kCount; ++t) {
-          const std::int64_t sum = total[r * kCount + t] - Isa::kInputOffset * weight_sums[row + r];
-          sums[t][row + r] = static_cast<float>(sum) * scales[t];
+      for (int t = 0; t < kCount; ++t) {
+        Isa::add_kept(of_rows[t], total[t]);
+        const float input_scale = *scale(h, inputs[t]);
+        for (std::uint32_t i = 0; i < std::min(kLanes, rows - first); ++i) {
+          const std::int64_t sum = total[t][i] - Isa::kInputOffset * weight_sums[first + i];
+          sums[t][first + i] = static_cast<float>(sum) * input_scale;
         }
       }
     }

@@ -64,7 +64,7 @@ struct Avx2 {
     __m256i a, b;       // those of the tiles before, together
   };
 
-  static void prefetch(const void* from) {
+  [[gnu::always_inline]] static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
@@ -125,8 +125,11 @@ struct Avx2 {
     Scalar::store_inputs(inputs, block, values);
   }
   static Sum zero_sum() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static void add_product(Sum& sum, const Weights8& weights, const std::byte* inputs, std::uint32_t block) {
-    const std::byte* at = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  using Inputs = const std::byte*;  // those of a block
+  static Inputs load_inputs(const std::byte* inputs, std::uint32_t block) {
+    return inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  }
+  static void add_product(Sum& sum, const Weights8& weights, Inputs at) {
     const auto* high = reinterpret_cast<const __m256i*>(at);
     const auto* low = reinterpret_cast<const __m128i*>(at + 2 * kMaskColumns);
     for (int i = 0; i < 4; ++i) {
@@ -137,6 +140,16 @@ struct Avx2 {
     }
   }
   static std::int64_t total(const Sum& sum) { return 256 * add_lanes(sum.high) + add_lanes(sum.low); }
+  // Sums of 16 rows.
+  struct RowSums {
+    std::int64_t of[kLanes];
+  };
+  static void keep(RowSums& rows, std::uint32_t row, const Sum& sum, bool is_first) {
+    rows.of[row] = total(sum) + (is_first ? 0 : rows.of[row]);
+  }
+  static void add_kept(const RowSums& rows, std::int64_t* totals) {
+    for (std::uint32_t i = 0; i < kLanes; ++i) totals[i] += rows.of[i];
+  }
 
   static Lanes load_halves(const std::uint8_t* from) {
     const auto* at = reinterpret_cast<const __m128i*>(from);

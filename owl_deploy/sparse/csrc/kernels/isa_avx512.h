@@ -36,7 +36,7 @@ struct Avx512 {
     __m512i upper, lower;  // of products with the two bytes of the inputs
   };
 
-  static void prefetch(const void* from) {
+  [[gnu::always_inline]] static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
   }
   static Lanes load(const float* from) { return _mm512_loadu_ps(from); }
@@ -91,20 +91,52 @@ struct Avx512 {
     }
   }
   static Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}; }
-  static void add_product(Sum& sum, Weights8 weights, const std::byte* inputs, std::uint32_t block) {
+  struct Inputs {
+    __m512i high, middle, low;
+  };
+  static Inputs load_inputs(const std::byte* inputs, std::uint32_t block) {
     const std::byte* x = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
-    sum.high = _mm512_dpbusd_epi32(sum.high, _mm512_loadu_si512(x), weights);
-    sum.middle = _mm512_dpbusd_epi32(sum.middle, _mm512_loadu_si512(x + kMaskColumns), weights);
-    sum.low = _mm512_dpbusd_epi32(sum.low, _mm512_loadu_si512(x + 2 * kMaskColumns), weights);
+    __m512i high = _mm512_loadu_si512(x), middle = _mm512_loadu_si512(x + kMaskColumns);
+    __m512i low = _mm512_loadu_si512(x + 2 * kMaskColumns);
+    asm("" : "+v"(high), "+v"(middle), "+v"(low));  // or the second row loads them again
+    return {high, middle, low};
   }
-  // Lane by lane the upper two sums fit in 32 bits together: 2048 columns give a lane of `high` 2^22 at most.
+  static void add_product(Sum& sum, Weights8 weights, const Inputs& x) {
+    sum.high = _mm512_dpbusd_epi32(sum.high, x.high, weights);
+    sum.middle = _mm512_dpbusd_epi32(sum.middle, x.middle, weights);
+    sum.low = _mm512_dpbusd_epi32(sum.low, x.low, weights);
+  }
   static std::int64_t total(const Sum& sum) {
-    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.middle);
-    const auto wide = [](__m512i v) {
-      return _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
-                              _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+    const auto lanes = [](__m512i v) { return std::int64_t{_mm512_reduce_add_epi32(v)}; };
+    return 65536 * lanes(sum.high) + 256 * lanes(sum.middle) + lanes(sum.low);
+  }
+
+  // Sums of 16 rows: of each byte of the inputs 8 lanes, which are added up for all rows at once.
+  struct RowSums {
+    alignas(64) std::int32_t high[kLanes][8], middle[kLanes][8], low[kLanes][8];
+  };
+  static void keep(RowSums& rows, std::uint32_t row, const Sum& sum, bool is_first) {
+    const auto halve = [&](std::int32_t (*of_rows)[8], __m512i v) {
+      auto* to = reinterpret_cast<__m256i*>(of_rows[row]);
+      const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+      _mm256_store_si256(to, is_first ? half : _mm256_add_epi32(half, _mm256_load_si256(to)));
     };
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_slli_epi64(wide(upper), 8), wide(sum.low)));
+    halve(rows.high, sum.high);
+    halve(rows.middle, sum.middle);
+    halve(rows.low, sum.low);
+  }
+  static void add_kept(const RowSums& rows, std::int64_t* totals) {
+    const __m512i high = add_lanes(rows.high), middle = add_lanes(rows.middle), low = add_lanes(rows.low);
+    const auto add = [&](std::int64_t* to, __m256i h, __m256i m, __m256i l) {
+      const __m512i upper = _mm512_add_epi64(_mm512_slli_epi64(_mm512_cvtepi32_epi64(h), 8), _mm512_cvtepi32_epi64(m));
+      const __m512i sum = _mm512_add_epi64(_mm512_slli_epi64(upper, 8), _mm512_cvtepi32_epi64(l));
+      _mm512_storeu_si512(to, _mm512_add_epi64(_mm512_loadu_si512(to), sum));
+    };
+    const auto half = [](__m512i v, auto i) { return _mm512_extracti64x4_epi64(v, decltype(i)::value); };
+    constexpr std::integral_constant<int, 0> kFirst;
+    constexpr std::integral_constant<int, 1> kSecond;
+    add(totals, half(high, kFirst), half(middle, kFirst), half(low, kFirst));
+    add(totals + 8, half(high, kSecond), half(middle, kSecond), half(low, kSecond));
   }
 
   static Lanes load_halves(const std::uint8_t* from) {
@@ -135,6 +167,24 @@ struct Avx512 {
 
  private:
   static constexpr std::size_t kPrefetchBytes = 4096;  // a page: the CPU itself does not look beyond one
+
+  // The sums of 16 rows' 8 lanes. A register has two rows; each step adds up half of what is left of two registers.
+  static __m512i add_lanes(const std::int32_t (*rows)[8]) {
+    const auto two = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const auto four = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    };
+    const auto load = [rows](int row) { return _mm512_load_si512(rows[row]); };
+    const __m512i first = four(two(load(0), load(2)), two(load(4), load(6)));
+    const __m512i second = four(two(load(8), load(10)), two(load(12), load(14)));
+    const __m512i all = _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88),
+                                         _mm512_shuffle_i32x4(first, second, 0xDD));
+    // They are in the order 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15.
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    return _mm512_permutexvar_epi32(in_order, all);
+  }
 };
 
 }  // namespace

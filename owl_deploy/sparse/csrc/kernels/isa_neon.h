@@ -44,7 +44,7 @@ struct Neon {
     int16x8_t upper[8], lower[8];  // of products with the two bytes of the inputs: four lanes a row, which 16 tiles fit in
   };
 
-  static void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kPrefetchBytes); }
+  [[gnu::always_inline]] static void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kPrefetchBytes); }
   static Lanes load(const float* from) {
     return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
   }
@@ -119,8 +119,11 @@ struct Neon {
     const int32x4_t zero = vdupq_n_s32(0);
     return {{zero, zero, zero, zero}, {zero, zero, zero, zero}};
   }
-  static void add_product(Sum& sum, const Weights8& weights, const std::byte* inputs, std::uint32_t block) {
-    const std::byte* at = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  using Inputs = const std::byte*;  // those of a block
+  static Inputs load_inputs(const std::byte* inputs, std::uint32_t block) {
+    return inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  }
+  static void add_product(Sum& sum, const Weights8& weights, Inputs at) {
     const auto* high = reinterpret_cast<const std::int16_t*>(at);
     const auto* low = reinterpret_cast<const std::uint8_t*>(at + 2 * kMaskColumns);
     for (int i = 0; i < 4; ++i, high += 16, low += 16) {
@@ -135,6 +138,16 @@ struct Neon {
     std::int64_t all = 0;
     for (int i = 0; i < 4; ++i) all += 256 * vaddlvq_s32(sum.high[i]) + vaddlvq_s32(sum.low[i]);
     return all;
+  }
+  // Sums of 16 rows.
+  struct RowSums {
+    std::int64_t of[kLanes];
+  };
+  static void keep(RowSums& rows, std::uint32_t row, const Sum& sum, bool is_first) {
+    rows.of[row] = total(sum) + (is_first ? 0 : rows.of[row]);
+  }
+  static void add_kept(const RowSums& rows, std::int64_t* totals) {
+    for (std::uint32_t i = 0; i < kLanes; ++i) totals[i] += rows.of[i];
   }
 
   static Lanes load_halves(const std::uint8_t* from) {

@@ -57,7 +57,7 @@ struct Scalar {
     std::int32_t v[kLanes];
   };
 
-  static void prefetch(const void*) {}
+  [[gnu::always_inline]] static void prefetch(const void*) {}
   static Lanes load(const float* from) {
     Lanes lanes;
     std::memcpy(lanes.v, from, sizeof(lanes.v));
@@ -127,13 +127,26 @@ struct Scalar {
     split_inputs(inputs + std::size_t{block} * kInputBytes * kMaskColumns, values);
   }
   static Sum zero_sum() { return 0; }
-  static void add_product(Sum& sum, const Weights8& weights, const std::byte* inputs, std::uint32_t block) {
-    const std::byte* at = inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  using Inputs = const std::byte*;  // those of a block
+  static Inputs load_inputs(const std::byte* inputs, std::uint32_t block) {
+    return inputs + std::size_t{block} * kInputBytes * kMaskColumns;
+  }
+  static void add_product(Sum& sum, const Weights8& weights, Inputs at) {
     const auto* high = reinterpret_cast<const std::int16_t*>(at);
     const auto* low = reinterpret_cast<const std::uint8_t*>(high + kMaskColumns);
     for (std::uint32_t i = 0; i < kMaskColumns; ++i) sum += std::int64_t{weights.v[i]} * (high[i] * 256 + low[i]);
   }
   static std::int64_t total(Sum sum) { return sum; }
+  // Sums of 16 rows.
+  struct RowSums {
+    std::int64_t of[kLanes];
+  };
+  static void keep(RowSums& rows, std::uint32_t row, const Sum& sum, bool is_first) {
+    rows.of[row] = total(sum) + (is_first ? 0 : rows.of[row]);
+  }
+  static void add_kept(const RowSums& rows, std::int64_t* totals) {
+    for (std::uint32_t i = 0; i < kLanes; ++i) totals[i] += rows.of[i];
+  }
 
   static Lanes load_halves(const std::uint8_t* from) {
     Lanes lanes;
