@@ -6,8 +6,8 @@
 Writes kernels.csv, kernels.md and kernels.png. Every matrix is measured twice: small enough for a core's own cache,
 and of 512 MiB in fp32, of which the sparsest formats still leave less than the last cache of a large server. A rate
 counts all weights of the matrix, zeros included, so that formats compare; the median of interleaved rounds is reported,
-with the smallest and the largest in the CSV. `--shapes` measures matrices of these rows and columns instead, from wherever
-they fit.
+with the smallest and the largest in the CSV. `--shapes` measures matrices of these rows and columns instead, from
+wherever they fit.
 """
 
 from __future__ import annotations

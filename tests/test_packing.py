@@ -365,7 +365,7 @@ def test_same_weights_same_bytes(case: Case) -> None:
 @quickly
 @given(st.sampled_from(NIBBLES), st.floats(0, 1), st.integers(0, 2**32), st.booleans())
 def test_weights_on_the_4_bit_grid_come_back_as_they_are(format: str, sparsity: float, seed: int, cut: bool) -> None:
-    """As training and GPTQ round them; the second cuts the largest of a group, and the lowest integer may be missing."""
+    """As training and GPTQ round them: that cuts the largest of a group, and its lowest integer may be missing."""
     generator = np.random.default_rng(seed)
     weights = generator.standard_normal((40, 200)).astype(np.float32) * np.float32(2.0 ** generator.integers(-8, 4))
     weights[generator.random(weights.shape) < sparsity] = 0
@@ -616,8 +616,12 @@ KEPT = {
     "dense8": Kept(
         "ab5132573d1b5f99", ("57cca7fc3c6bfd49", "cde5730cdffa3f7c"), ("57cca7fc3c6bfd49", "0e29bb6f6fc098bd")
     ),
-    "int4": Kept("cd4cf8fedc900b97", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")),
-    "dense4": Kept("88fea50bddd7ee3b", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")),
+    "int4": Kept(
+        "cd4cf8fedc900b97", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")
+    ),
+    "dense4": Kept(
+        "88fea50bddd7ee3b", ("006ffd8c01a9dd2b", "481c9174ffaaecd1"), ("006ffd8c01a9dd2b", "481c9174ffaaecd1")
+    ),
 }
 
 

@@ -207,7 +207,7 @@ def test_rounded_weights_are_exported_as_they_were_trained(
     assert ran.code == 0, ran.stderr
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["flavors"][f"sparse-{weights}"]["packed"]["error"] == 0.0
-    assert manifest["flavors"][f"sparse-{weights}"]["parity"]["max_abs_difference"] < 1e-4
+    assert manifest["flavors"][f"sparse-{weights}"]["parity"]["max_abs_difference"] < 5e-3
     assert manifest["base_sha256"] == ModelSource("dense", dense).fingerprint()
 
 

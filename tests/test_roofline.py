@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> P
     with pytest.raises(SystemExit) as ended:
         main(["prune", str(checkpoint), "-o", str(folder / "sparse"), "--quiet", *PRUNING])
     assert not ended.value.code
-    export_checkpoint(folder / "sparse", folder / "bundle", ("genai", "sparse-packed32", "sparse-int8"))
+    export_checkpoint(folder / "sparse", folder / "bundle", ("genai", "sparse-packed32", "sparse-int8", "sparse-int4"))
     return folder / "bundle"
 
 
@@ -69,7 +69,7 @@ def roofline(written: Path, bundle: Path, run_cli: RunCli) -> Roofline:
     return read_record(written / "roofline.json", Roofline, mend="")
 
 
-@pytest.fixture(params=["genai", "sparse-packed32", "sparse-int8"])
+@pytest.fixture(params=["genai", "sparse-packed32", "sparse-int8", "sparse-int4"])
 def flavor(request: pytest.FixtureRequest, roofline: Roofline) -> FlavorFigures:
     return next(one for one in roofline.flavors if one.flavor == request.param)
 
@@ -82,6 +82,7 @@ def test_sparse_flavors_and_genai_are_measured_by_default(roofline: Roofline) ->
         "genai": "onnxruntime",
         "sparse-packed32": "sparse-packed32",
         "sparse-int8": "sparse-int8",
+        "sparse-int4": "sparse-int4",
     }
 
 

@@ -61,8 +61,9 @@ def record_of(bundle: Path, flavor: str) -> FlavorRecord:
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_packed_graph_computes_what_torch_computes_from_the_stored_weights(bundle: Path, weights: str) -> None:
     record = record_of(bundle, f"sparse-{weights}")
-    assert record.parity.max_abs_difference < 1e-4
-    assert record.parity.max_abs_difference_with_past < 1e-4
+    most = 5e-3 if weights == "int4" else 1e-4  # its inputs have 16 bits
+    assert record.parity.max_abs_difference < most
+    assert record.parity.max_abs_difference_with_past < most
     assert record.parity.reference == "torch"
 
 
