@@ -16,7 +16,7 @@ from owl_deploy.engines.client import EngineProcess
 from owl_deploy.engines.probe import DECODED_TOKENS
 from owl_deploy.engines.registry import engine_spec
 from owl_deploy.errors import CheckFailed, UserError
-from owl_deploy.exporting.verify.parity import REFERENCES, compare
+from owl_deploy.exporting.verify.parity import REFERENCES, compare, tolerance_of
 
 Running = Callable[[Configuration], AbstractContextManager[EngineProcess]]
 
@@ -64,6 +64,7 @@ class ParityCheck:
             what=item.name,
             reference="torch",
             rounded_cache=item.record.kv_cache is not None,
+            tolerance=tolerance_of(item.flavor),
         )
         self.sound.add(item.name)
         return parity

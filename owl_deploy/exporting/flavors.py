@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.bundle.manifest import GRAPH, FlavorRecord
-from owl_deploy.bundle.names import Flavor
+from owl_deploy.bundle.names import Flavor, sparse_flavor
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine, RoundedOnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.exporting.apart import apart
@@ -33,7 +33,7 @@ from owl_deploy.exporting.peers.gguf_original import write_gguf_original
 from owl_deploy.exporting.peers.gguf_quantised import write_gguf_quantised
 from owl_deploy.exporting.peers.openvino import write_openvino, write_openvino_static
 from owl_deploy.exporting.peers.torch import write_torch
-from owl_deploy.exporting.verify.parity import check_parity
+from owl_deploy.exporting.verify.parity import check_parity, tolerance_of
 from owl_deploy.sparse.formats import Head, Weights
 
 Write = Callable[[Path, Path, bool], tuple[str, str]]
@@ -87,8 +87,9 @@ class Packed:
     ) -> FlavorRecord:
         """See `Dense.make`."""
         packed, stored = write_packed(checkpoint.model, dense, out, self.weights, head)
+        tolerance = tolerance_of(sparse_flavor(self.weights))
         with _weights_in(checkpoint.model, stored):
-            parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids, SparseEngine)
+            parity = check_parity(out / GRAPH, checkpoint.model, checkpoint.ids, SparseEngine, tolerance=tolerance)
             record = FlavorRecord(
                 source="onnxruntime-genai, packed",
                 note=f"owl::SparseMatMul on {self.weights} weights",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from owl_deploy.bundle.expected import write_expected
+from owl_deploy.bundle.names import Flavor, weights_of
 from owl_deploy.bundle.records import ParityRecord
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.probe import engine_logits
@@ -35,6 +36,11 @@ REFERENCES = ("onnxruntime", "sparse-packed32")
 torch when the graph was made."""
 
 
+def tolerance_of(flavor: Flavor) -> float:
+    """How far a logit may be off that is computed from the very weights: products of int4 round their inputs to 16 bits."""
+    return 5 * TOLERANCE if weights_of(flavor) == "int4" else TOLERANCE
+
+
 @torch.inference_mode()
 def reference_logits(model: PreTrainedModel, ids: TokenIds) -> Logits:
     """Logits of the torch model for one sequence: [length] -> [length, vocab]."""
@@ -49,6 +55,7 @@ def check_parity(
     engine_class: type[OnnxRuntimeEngine] = OnnxRuntimeEngine,
     *,
     rounded_cache: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> ParityRecord:
     """Compare an exported graph, run by ONNX Runtime, with the torch model (fp32) it came from.
 
@@ -58,6 +65,7 @@ def check_parity(
         ids: one sequence of more than 16 tokens.
         engine_class: what runs the graph.
         rounded_cache: see `compare`.
+        tolerance: see `compare`.
 
     Raises:
         CheckFailed: see `compare`.
@@ -73,7 +81,15 @@ def check_parity(
         ) from error
     name = f"{graph.parent.name}/{graph.name}"
     expected = reference_logits(model, ids)
-    parity = compare(expected, at_once, decoded, what=name, reference="torch", rounded_cache=rounded_cache)
+    parity = compare(
+        expected,
+        at_once,
+        decoded,
+        what=name,
+        reference="torch",
+        rounded_cache=rounded_cache,
+        tolerance=tolerance,
+    )
     write_expected(graph.parent, ids, expected, decoded=len(decoded))
     return parity
 
@@ -87,15 +103,17 @@ def compare(
     reference: str,
     precision: str = "fp32",
     rounded_cache: bool = False,
+    tolerance: float = TOLERANCE,
 ) -> ParityRecord:
     """Compare logits [length, vocab] with those of the first positions, computed at once, and of the rest, decoded.
 
     Args:
         precision: how the weights behind the compared logits are stored.
         rounded_cache: whether keys and values are kept in 8 bits, behind either.
+        tolerance: how far a logit of the same weights may be off.
 
     Raises:
-        CheckFailed: a logit differs by more than 1e-2, or the most likely token differs although the two most
+        CheckFailed: a logit differs by more than `tolerance`, or the most likely token differs although the two most
             likely ones are further apart than that. Of rounded weights or caches: see `ROUNDED_TOLERANCE`.
     """
     if any(logits.ndim != 2 or logits.shape[1] != expected.shape[1] for logits in (at_once, decoded)):
@@ -104,7 +122,7 @@ def compare(
     difference_with_past = _difference(expected[len(at_once) :], decoded)
     agrees = expected.argmax(axis=1) == np.concatenate([at_once, decoded]).argmax(axis=1)
     top_two = np.partition(expected, -2, axis=1)[:, -2:]
-    clear = top_two[:, 1] - top_two[:, 0] > TOLERANCE
+    clear = top_two[:, 1] - top_two[:, 0] > tolerance
     worst = max(difference, difference_with_past)
     relative = _relative_difference(expected, np.concatenate([at_once, decoded]))
     allowed = ROUNDED_TOLERANCE.get(precision, 0.0) + CACHE_TOLERANCE * rounded_cache
@@ -118,8 +136,8 @@ def compare(
                 f"{what}: logits differ from the checkpoint's by {relative:.2g} of their norm; rounding {rounded} "
                 f"explains {allowed:g}"
             )
-    elif not worst <= TOLERANCE:  # NaN fails too
-        raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {TOLERANCE:g}")
+    elif not worst <= tolerance:  # NaN fails too
+        raise CheckFailed(f"{what}: logits differ from the checkpoint's by {worst:.3g}, more than {tolerance:g}")
     elif (clear & ~agrees).any():
         raise CheckFailed(f"{what}: its most likely token differs from the checkpoint's where that one is clear")
     return ParityRecord(
