@@ -37,7 +37,7 @@ torch when the graph was made."""
 
 
 def tolerance_of(flavor: Flavor) -> float:
-    """How far a logit may be off that is computed from the very weights: products of int4 round their inputs to 16 bits."""
+    """How far a logit of the same weights may be off: products of int4 round their inputs to 16 bits."""
     return 5 * TOLERANCE if weights_of(flavor) == "int4" else TOLERANCE
 
 
