@@ -85,10 +85,10 @@ static inline std::uint64_t values_offset(std::uint32_t rows, std::uint32_t bloc
   return F::kMasked ? std::uint64_t{stored_rows(rows)} * blocks * sizeof(std::uint64_t) : 0;
 }
 
-// A unit of nibbles: pairs of bands, each band 16 rows. Of each block of each pair there is a record: scales as fp16, for
-// one band's rows and then for the other's; tiles, for each four columns of the block; and the bytes in which the bands'
-// weights share. In int4 a tile is two masks, and the bytes are as many as the band with more weights has, up to a
-// multiple of 8. In dense4 a tile is its 64 bytes, and there are no others.
+// A unit of nibbles: pairs of bands, each band 16 rows. Of each block of each pair there is a record: scales as fp16,
+// for one band's rows and then for the other's; in int4 two masks for each tile, which is four columns of the block;
+// and the bytes that the bands' weights share, as many as the band with more weights has, up to a multiple of 8. In
+// dense4 these are 64 for each tile.
 inline constexpr std::uint32_t kBands = 2;
 inline constexpr std::uint32_t kTileColumns = 4;
 inline constexpr std::uint32_t kTiles = kGroupColumns / kTileColumns;  // of a block

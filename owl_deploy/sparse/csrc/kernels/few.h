@@ -1,9 +1,9 @@
 // Few tokens (decode): a unit's weights go through registers once for several tokens. Of 4-bit weights all tokens go
 // this way.
 //
-// Tokens are taken in turns, as many at once as the scratch has room for. In each, stage 0 prepares the inputs of a token
-// as the format's kernel reads them. Stage 1 has an item for each unit and up to 64 tokens. Stage 2 adds up the sums of a
-// slice's panels, where it has several.
+// Tokens are taken in turns, as many at once as the scratch has room for. In each, stage 0 has an item for each token,
+// and prepares its inputs as the format's kernel reads them. Stage 1 has an item for each unit and up to 64 tokens.
+// Stage 2 adds up the sums of a slice's panels, where it has several.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@
 namespace owl {
 namespace {
 
-constexpr std::int64_t kSerialSums = 1 << 15;       // partial sums that are not worth another thread
-constexpr std::int64_t kItemTokens = 64;            // that one item takes at most
+constexpr std::int64_t kSerialSums = 1 << 15;        // partial sums that are not worth another thread
+constexpr std::int64_t kItemTokens = 64;             // that one item takes at most
 constexpr std::int64_t kPreparedBytes = 16LL << 20;  // of inputs at once, unless 128 tokens have more
 
 template <class Isa, class F>

@@ -65,8 +65,8 @@ struct FewKernel<Isa, F> {
         for (std::uint32_t block = 0; block < blocks;) {
           const std::uint32_t begin = block, end = std::min(blocks, block + kFlushBlocks);
           const std::int8_t* next = values;
-          // Masks may have been rewritten since they were checked. Where they could lead out of the matrix, what is left
-          // of it is copied to where they cannot.
+          // Masks may have been rewritten since they were checked. Where they could lead out of the matrix, what is
+          // left of it is copied to where they cannot.
           LastValues copy;
           if constexpr (F::kMasked) {
             if (last - values < (end - block) * kRowsTogether * kMaskColumns) [[unlikely]] {
@@ -75,7 +75,7 @@ struct FewKernel<Isa, F> {
             }
           }
           const std::int8_t* const first_value = next;
-          constexpr int kSums = kRowsTogether * kCount;  // two rows at once: one's additions fill the waits of the other's
+          constexpr int kSums = kRowsTogether * kCount;  // two rows: one's additions fill the waits of the other's
           typename Isa::Sum sum[kSums];
           unrolled<kSums>([&](auto i) { sum[i] = Isa::zero_sum(); });
           for (; block < end; ++block) {

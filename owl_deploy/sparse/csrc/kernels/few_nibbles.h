@@ -13,9 +13,9 @@
 namespace owl {
 namespace {
 
-constexpr float kGroupInputLevels = 32639;  // the largest input: 127 * 256 + 127, so that both bytes have a sign
+constexpr float kGroupInputLevels = 32639;   // the largest input: 127 * 256 + 127, so that both bytes have a sign
 constexpr std::uint32_t kLine = 64;          // bytes: each tile prefetches one; a record has not many more
-constexpr float kSmallestPeak = 0x1p-80f;   // groups of inputs all below it share its scale
+constexpr float kSmallestPeak = 0x1p-80f;    // groups of inputs all below it share its scale
 
 // The inputs of a group: 16-bit integers as their upper and their lower bytes, -128 to 127 each.
 struct GroupInputs {

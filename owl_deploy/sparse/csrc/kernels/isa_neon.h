@@ -41,10 +41,12 @@ struct Neon {
   };
   using Weights4 = Weights8;
   struct Group {
-    int16x8_t upper[8], lower[8];  // of products with the two bytes of the inputs: four lanes a row, which 16 tiles fit in
+    int16x8_t upper[8], lower[8];  // of products with the two bytes of the inputs: four lanes a row
   };
 
-  [[gnu::always_inline]] static void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kPrefetchBytes); }
+  [[gnu::always_inline]] static void prefetch(const void* from) {
+    __builtin_prefetch(static_cast<const char*>(from) + kPrefetchBytes);
+  }
   static Lanes load(const float* from) {
     return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
   }

@@ -58,8 +58,8 @@ Array<float> check_unpacked(const Matrix& m, const Packed& packed) {
   return weights;
 }
 
-// Weights that are 4-bit integers times their group's scale, whatever its sign, and whether or not the lowest integer is
-// among them: they come back as they are.
+// Weights that are 4-bit integers times their group's scale, whatever its sign, and whether or not the lowest integer
+// is among them: they come back as they are.
 void check_on_grid(Random& random, std::int64_t rounds) {
   for (std::int64_t i = 0; i < rounds; ++i) {
     Matrix m = random_matrix(random);
