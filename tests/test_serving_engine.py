@@ -256,6 +256,7 @@ def test_what_cannot_be_served_is_refused(served_tiny: Path, serving: Serving, m
 # -------------------- sampling
 
 
+@settings(deadline=None)
 @given(
     logits=logits_arrays,
     top_k=st.integers(1, 5),
@@ -272,7 +273,7 @@ def test_a_drawn_token_is_one_that_every_filter_leaves(
     weights = np.exp((logits.astype(np.float64) - float(logits.max())) / 0.8)
     kept = np.sort(weights)[::-1][:top_k]
     assert weights[token] >= kept[-1]
-    assert weights[kept.size and np.flatnonzero(weights > weights[token])].sum() < top_p * kept.sum() + 1e-9
+    assert weights[weights > weights[token]].sum() < top_p * kept.sum() + 1e-9
     assert weights[token] >= min_p - 1e-9
 
 
@@ -408,6 +409,7 @@ def test_the_grammar_of_tools_allows_calls_of_them_and_text_where_it_may_be() ->
     assert not constrained(f"{call}\n{call}", call_grammar(functions, may_write_text=False, several=False, **one))
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_calls_are_read_from_text_however_it_is_cut(cuts: list[int]) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'

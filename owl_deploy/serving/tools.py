@@ -66,6 +66,7 @@ class CallReader:
 
     def __init__(self) -> None:
         self._held = ""
+        self._gap: str | None = None  # white space since a call; None where text has come since
         self.found = 0
 
     def push(self, piece: str) -> tuple[str, list[Call]]:
@@ -86,9 +87,10 @@ class CallReader:
                 self._held = begin + after
                 return shown, calls
             if call is None:
-                shown += begin + body + end
+                shown += self._visible(begin + body + end)
             else:
                 self.found += 1
+                self._gap = ""
                 calls.append(call)
             self._held = rest
 
@@ -98,8 +100,14 @@ class CallReader:
         return self._visible(held)
 
     def _visible(self, text: str) -> str:
-        """White space around calls is not part of the answer."""
-        return "" if self.found and not text.strip() else text
+        """White space after a call is part of the answer only where text follows it."""
+        if self._gap is None:
+            return text
+        self._gap += text
+        if not self._gap.strip():
+            return ""
+        shown, self._gap = self._gap, None
+        return shown
 
 
 def _begun(text: str) -> int:
