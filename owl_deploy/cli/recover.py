@@ -95,7 +95,8 @@ def recover(
     Writes a checkpoint with `recipe.yaml`, `recovery.json`, and loss and perplexity as `recovery.csv` and
     `recovery.png`. A twentieth of the text, at most 16 windows, is held out to measure on. Forward passes are computed
     in bf16 where the CPU has instructions for it, in fp32 elsewhere; the weights that are trained are fp32. A run that
-    was interrupted resumes from its last save, to the same bytes.
+    was interrupted resumes from its last save, to the same bytes. Several processes, of one machine or of many, train
+    together if `accelerate launch` starts them.
 
     Examples:
 
@@ -108,6 +109,9 @@ def recover(
         owl-deploy recover sparse --dense ./large -o recovered --text c4 --tokens 250k --method blocks --offload
 
         owl-deploy recover sparse --dense demo -o recovered --text news.jsonl --weights int4 --evaluate wikitext2 --json
+
+        accelerate launch --num_processes 4 $(which owl-deploy) recover sparse --dense ./model -o recovered --text c4
+            --tokens 100M --device cuda --batch 16
     """
     from typing import cast
 
@@ -142,19 +146,26 @@ def recover(
 
     # Importing torch takes seconds, and the mistakes above are reported without it.
     from owl_deploy.pruning.run import Evaluation, Execution
+    from owl_deploy.recovery.helper import help_recovery
+    from owl_deploy.recovery.processes import launched
     from owl_deploy.recovery.run import recover_checkpoint
 
     options.use_threads(threads)
-    manifest = recover_checkpoint(
-        source,
-        towards,
-        output,
-        plan,
-        text,
-        evaluation=Evaluation(evaluate, seqlen, evaluate_windows) if evaluate else None,
-        execution=Execution(device, offload),
-        reporter=Reporter(quiet=quiet),
-    )
+    with launched(device) as processes:
+        if not processes.is_main:
+            help_recovery(source, towards, plan, processes)
+            return
+        manifest = recover_checkpoint(
+            source,
+            towards,
+            output,
+            plan,
+            text,
+            evaluation=Evaluation(evaluate, seqlen, evaluate_windows) if evaluate else None,
+            execution=Execution(processes.device, offload),
+            processes=processes,
+            reporter=Reporter(quiet=quiet),
+        )
     show(output, manifest, json=json)
 
 

@@ -27,6 +27,7 @@ from owl_deploy.recovery.blocks import recover_blocks
 from owl_deploy.recovery.curve import plot_curve, write_curve
 from owl_deploy.recovery.manifest import MANIFEST, RecoveryManifest, read_recovery
 from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.recovery.processes import ALONE, Processes
 from owl_deploy.recovery.save import Zeros, save_beside_model, save_model
 from owl_deploy.recovery.self_text import write_text as write_own_text
 from owl_deploy.recovery.teacher import teacher_of
@@ -51,6 +52,7 @@ class _Job:
     out: Path
     plan: RecoveryPlan
     execution: Execution
+    processes: Processes
     dtype: torch.dtype
     staging: Path
     unfinished: Path
@@ -87,6 +89,7 @@ def recover_checkpoint(
     *,
     evaluation: Evaluation | None = None,
     execution: Execution = Execution(),  # frozen
+    processes: Processes = ALONE,
     reporter: Reporter = SILENT,
 ) -> RecoveryManifest:
     """Train `sparse` towards `dense` and write it to the new directory `out`, or find it there from the same inputs.
@@ -97,6 +100,7 @@ def recover_checkpoint(
         text: what `owl_deploy.text.documents.load_documents` takes, a `.npy` file of ids, or `self` for text that
             `dense` writes, which is kept as `text.npy`.
         evaluation: also measure perplexity on this text, in fp32, before and after.
+        processes: of which this is the main one; the others run `help_recovery`.
 
     Raises:
         UserError: something is wrong with the models, the text or the output directory; `out` is then not there.
@@ -105,6 +109,7 @@ def recover_checkpoint(
     clock = Clock()
     check_device(execution.device)
     _check_offload(plan, text, execution)
+    _check_shares(plan, processes)
     with clock.phase("hash"):
         sparse_sha256, dense_sha256 = sparse.fingerprint(), dense.fingerprint()
     _check_hash(sparse, dense, dense_sha256)
@@ -121,7 +126,9 @@ def recover_checkpoint(
     }
     inputs_sha256 = fingerprint(inputs)
     dtype = torch.float32 if plan.method == "blocks" else fast_dtype(execution.device)
-    conditions = {"versions": versions(), "device": execution.device, "dtype": str(dtype)}
+    conditions: dict[str, object] = {"versions": versions(), "device": execution.device, "dtype": str(dtype)}
+    if processes.count > 1:
+        conditions["processes"] = processes.count
     if (earlier := read_recovery(out)) is not None:
         if earlier.inputs_sha256 != inputs_sha256:
             raise UserError(f"{out}: holds a checkpoint recovered from other inputs; choose another output directory")
@@ -132,7 +139,7 @@ def recover_checkpoint(
         staged_directory(out, manifest=MANIFEST) as staging,
         resumable_directory(out, fingerprint({**inputs, **conditions})) as unfinished,
     ):
-        job = _Job(sparse, dense, out, plan, execution, dtype, staging, unfinished, clock, reporter)
+        job = _Job(sparse, dense, out, plan, execution, processes, dtype, staging, unfinished, clock, reporter)
         method = _by_blocks if plan.method == "blocks" else _trained
         windows, outcome, before = method(job, windows, evaluated_on, tokenizer)
         held_out = scores = PerplexityRecord(text=windows.held_out.record, before=outcome.before, after=outcome.after)
@@ -198,7 +205,8 @@ def _trained(
     model.to(device)
     teacher.to(device)
     what = what_is_trained(model, blocks, plan)
-    trainer = Trainer(model, what, teacher_of(teacher, plan, text.windows.ids, job.unfinished), plan)
+    remembering = teacher_of(teacher, plan, text.windows.ids, job.unfinished)
+    trainer = Trainer(model, what, remembering, plan, job.processes)
     training = Training(trainer, model, text, plan, job.unfinished, clock)
     try:
         training.train(job.reporter)
@@ -278,6 +286,20 @@ def _check_offload(plan: RecoveryPlan, text: str, execution: Execution) -> None:
         raise UserError(f"--method {plan.method} holds the whole model in memory; use --method blocks with --offload")
     if text == SELF:
         raise UserError("--text self needs the whole dense model in memory; give another text with --offload")
+
+
+def _check_shares(plan: RecoveryPlan, processes: Processes) -> None:
+    if processes.count == 1:
+        return
+    if plan.method == "blocks":
+        raise UserError("--method blocks trains in one process; launch one, or choose another method")
+    micro_batches = plan.batch // plan.micro_batch
+    if micro_batches % processes.count:
+        raise UserError(
+            f"--batch {plan.batch} in micro-batches of {plan.micro_batch} makes {micro_batches} of them, which "
+            f"{processes.count} processes cannot share equally; make --batch a multiple of "
+            f"{plan.micro_batch * processes.count}"
+        )
 
 
 def _check_hash(sparse: ModelSource, dense: ModelSource, dense_sha256: str) -> None:

@@ -27,6 +27,7 @@ from owl_deploy.models.structure import set_matrix
 from owl_deploy.records import Record
 from owl_deploy.recovery.losses import cross_entropy, kl, squarehead
 from owl_deploy.recovery.plan import RecoveryPlan
+from owl_deploy.recovery.processes import ALONE, Processes
 from owl_deploy.recovery.teacher import Teacher, seen
 from owl_deploy.recovery.weights import WhatIsTrained
 from owl_deploy.rounding import GRIDS
@@ -82,13 +83,26 @@ class Trainer:
 
     Attributes:
         log: what every step so far came to.
+        processes: those that train together.
     """
 
-    def __init__(self, model: PreTrainedModel, what: WhatIsTrained, teacher: Teacher, plan: RecoveryPlan) -> None:
-        """Train `what` there is in `model`, which is in fp32, towards the teacher's and in its dtype."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        what: WhatIsTrained,
+        teacher: Teacher,
+        plan: RecoveryPlan,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Train `what` there is in `model`, which is in fp32, towards the teacher's and in its dtype.
+
+        Args:
+            processes: that make the same steps with a trainer of their own.
+        """
         dtype = teacher.model.dtype
         self.log: list[StepRecord] = []
         self._model, self._what, self._teacher, self._plan = model, what, teacher, plan
+        self.processes = processes
         self._grid = GRIDS[plan.weights] if plan.weights else None
         self._trained = list(self._with_masters(dtype))
         self._frozen = [(one, one.data) for one in model.parameters() if not one.requires_grad]
@@ -107,6 +121,8 @@ class Trainer:
     def step(self, ids: NDArray[np.int64]) -> StepRecord:
         """Train on the sequences `ids` [batch, seqlen] of the next step; the record is added to the log.
 
+        Of several processes each takes its share of the micro-batches, and all come to the same weights.
+
         Raises:
             Diverged: the loss or its gradient is not finite; no weight has changed.
         """
@@ -115,11 +131,16 @@ class Trainer:
         parts = np.zeros(3)
         micro_batches = torch.from_numpy(ids).to(self._model.device).split(plan.micro_batch)  # type: ignore[no-untyped-call]
         for index, sequences in enumerate(micro_batches):
+            if not self.processes.has(index):
+                continue
             rng = np.random.default_rng([plan.seed, number, index])
             losses = self._losses(sequences, rng)
             weighted = plan.kl * losses[0] + plan.hidden * losses[1] + plan.cross_entropy * losses[2]
             (weighted / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
             parts += [float(loss.detach()) / len(micro_batches) for loss in losses]
+        summed = torch.from_numpy(parts).to(self._model.device)
+        self.processes.add_up(summed)
+        parts = summed.cpu().numpy()
         self._move(number + 1, is_finite=bool(np.isfinite(parts).all()))
         record = StepRecord(
             step=number + 1,
@@ -165,6 +186,23 @@ class Trainer:
         self._show()
         return True
 
+    def share(self) -> bool:
+        """Let every process go on from the main one's state; false if that one has nothing to train."""
+        log = self.processes.from_main(self.log)
+        if log is None:
+            return False
+        if self.processes.count == 1 or not log:
+            return True
+        self.log = log
+        for one in self._trained:
+            state = self._optimizer.state[one.master]
+            moments = {name: state[name] if name in state else torch.zeros_like(one.master) for name in _MOMENTS}
+            for tensor in (one.master.data, *moments.values()):
+                self.processes.take(tensor)
+            self._optimizer.state[one.master] = {"step": torch.tensor(float(len(log))), **moments}
+        self._show()
+        return True
+
     def restore_weights(self, path: Path) -> None:
         """Take the weights, and nothing else, of what was saved."""
         with safe_open(path, framework="pt") as file:
@@ -205,6 +243,7 @@ class Trainer:
                 gradient = torch.zeros_like(one.parameter)
             if one.has_master:
                 gradient, one.parameter.grad = gradient.float(), None
+            self.processes.add_up(gradient)
             if one.is_pruned:
                 gradient.masked_fill_(one.master.detach() == 0, 0)
             one.master.grad = gradient

@@ -55,11 +55,14 @@ class Training:
             self.before, self.seconds = facts["before"], facts["seconds"]
         else:
             self.before = self._perplexity()
+        trainer.share()
         saved = time.monotonic()
         with reporter.progress(plan.steps, "training", done=len(trainer.log)) as advance:
             while len(trainer.log) < plan.steps and not self._is_enough():
                 started = time.perf_counter()
-                record = trainer.step(self._text.step(len(trainer.log), plan.batch, plan.seed))
+                ids = self._text.step(len(trainer.log), plan.batch, plan.seed)
+                trainer.processes.from_main(ids)
+                record = trainer.step(ids)
                 self.seconds += time.perf_counter() - started
                 if plan.is_evaluated_after(record.step):
                     self._evaluate(record, reporter)
