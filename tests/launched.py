@@ -1,4 +1,4 @@
-"""`owl-deploy` in fp32 on every CPU, so that sums of several processes can be compared; for `accelerate launch`.
+"""`owl-deploy` in fp32 on every CPU, so that sums of several processes can be compared; for `torchrun`.
 
 It saves after every step, and dies before step INTERRUPT_AT if that is set.
 """

@@ -1,4 +1,4 @@
-"""Several processes that `accelerate launch` has started train one model together."""
+"""Several processes train one model together, started by torch's launcher, which `accelerate launch` uses on GPUs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ __all__ = ["sparse", "text"]  # fixtures
 
 
 def launch(*arguments: object, interrupt_at: int = 0) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", TESTS / "launched.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TESTS / "launched.py"]
     variables = {**os.environ, "INTERRUPT_AT": str(interrupt_at), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command), *map(str, arguments)], env=variables, capture_output=True, text=True
