@@ -96,7 +96,7 @@ def recover(
     `recovery.png`. A twentieth of the text, at most 16 windows, is held out to measure on. Forward passes are computed
     in bf16 where the CPU has instructions for it, in fp32 elsewhere; the weights that are trained are fp32. A run that
     was interrupted resumes from its last save, to the same bytes. Several processes, of one machine or of many, train
-    together if `accelerate launch` starts them.
+    together if `accelerate launch` starts them (on CPUs, `torchrun`).
 
     Examples:
 
