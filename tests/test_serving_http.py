@@ -22,6 +22,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from openai import OpenAI
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from owl_deploy.serving.app import Limits
 from owl_deploy.serving.run import Serving
@@ -363,7 +364,8 @@ def _check_operation(operation: object, end: float) -> None:
         if time.monotonic() < end:
             response = case.call(timeout=30)
             assert response.status_code < 500, response.text
-            case.validate_response(response)
+            # A schema cannot say that fields go together, or that a prompt fits into the context: 400 is right there.
+            case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
     check()
 
