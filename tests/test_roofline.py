@@ -234,12 +234,13 @@ def test_the_report_names_every_kind_and_the_plot_is_there(roofline: Roofline, w
 
 def test_a_model_that_the_cache_can_hold_is_told_so(roofline: Roofline) -> None:
     assert all(one.fits_cache for one in roofline.flavors)
-    for one, times_slower in zip(roofline.flavors, (1, 2, 1), strict=True):
-        one.memory_floor_ms = times_slower * one.token.floor_ms
+    count = len(roofline.flavors)
+    for index, one in enumerate(roofline.flavors):
+        one.memory_floor_ms = one.token.floor_ms * (2 if index == 1 else 1)
     said = " ".join(notes(roofline))
-    assert said.count("last-level cache of 1.0 MB can hold") == 3
+    assert said.count("last-level cache of 1.0 MB can hold") == count
     assert said.count("are not a floor") == 1
-    assert said.count("no faster than memory") == 2
+    assert said.count("no faster than memory") == count - 1
     for one in roofline.flavors:
         one.fits_cache = False
     assert "last-level cache" not in " ".join(notes(roofline))
