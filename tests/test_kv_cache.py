@@ -25,6 +25,7 @@ from owl_deploy.exporting.run import export_checkpoint
 from owl_deploy.exporting.verify.parity import CACHE_TOLERANCE, compare
 from owl_deploy.pruning.run import Calibration
 from owl_deploy.roofline.traffic import read_traffic
+from owl_deploy.serving.runner import SlotRunner
 
 from .conftest import VOCABULARY, RunCli, TinyModel, describe_again
 
@@ -282,3 +283,22 @@ def test_an_older_manifest_has_exact_caches(exact: Path) -> None:
     for record in described["flavors"].values():
         del record["kv_cache"]
     assert all(record.kv_cache is None for record in BundleManifest.model_validate(described).flavors.values())
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_slots_of_a_server_keep_8_bits_too(rounded: Path, exact: Path, flavor: str) -> None:
+    prompts = [random_ids(length).tolist() for length in (3, 25, 1)]
+    runners = [
+        SlotRunner(bundle / flavor / "model.onnx", packed=flavor == "sparse-int8", slots=3, context=64, threads=1)
+        for bundle in (rounded, exact)
+    ]
+    runner = runners[0]
+    assert 4 * runner.token_bytes == runners[1].token_bytes
+    runner.allocate()
+    first = [runner.prefill(slot, 0, prompt, want_logits=True) for slot, prompt in enumerate(prompts)]
+    found = runner.decode(0, [7, 7, 7], [len(prompt) for prompt in prompts])
+    engine_class = SparseEngine if flavor == "sparse-int8" else OnnxRuntimeEngine
+    engine = engine_class(rounded / flavor / "model.onnx", threads=1, context=64)
+    for prompt, before, after in zip(prompts, first, found, strict=True):
+        np.testing.assert_allclose(engine.prefill(np.array([prompt]))[0], before, atol=1e-4)
+        np.testing.assert_allclose(engine.decode(np.array([7]))[0], after, atol=1e-4)

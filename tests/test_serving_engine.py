@@ -15,18 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from owl_deploy.bundle.names import Flavor
+from owl_deploy.bundle.names import SPARSE_BY_BYTES, Flavor, sparse_flavor
 from owl_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from owl_deploy.engines.sparse_engine import SparseEngine
 from owl_deploy.errors import UserError
 from owl_deploy.serving.constraints import GrammarError, Grammars
 from owl_deploy.serving.engine import Answer, Event
 from owl_deploy.serving.requests import Function
-from owl_deploy.serving.run import Opened, Serving, open_bundle
+from owl_deploy.serving.run import _PREFERRED, Opened, Serving, open_bundle
 from owl_deploy.serving.runner import SlotRunner
 from owl_deploy.serving.sampling import Sampler, Sampling, logprobs
 from owl_deploy.serving.text import AnswerText, TokenNames
 from owl_deploy.serving.tools import CallReader, call_grammar
+from owl_deploy.sparse.formats import WEIGHTS
 
 from .served import CONTEXT, bytes_tokenizer
 
@@ -106,6 +107,11 @@ def test_the_buffer_is_as_large_as_it_says(served_tiny: Path) -> None:
     runner = slot_runner(served_tiny, "genai", slots=4)
     assert runner.token_bytes == 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes
     assert runner.buffer_bytes == runner.token_bytes * 4 * CONTEXT
+
+
+def test_every_sparse_flavor_can_be_served() -> None:
+    assert sorted(SPARSE_BY_BYTES) == sorted(sparse_flavor(weights) for weights in WEIGHTS)
+    assert set(SPARSE_BY_BYTES) < set(_PREFERRED)
 
 
 # -------------------- the engine

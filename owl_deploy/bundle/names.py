@@ -27,6 +27,9 @@ Flavor = Literal[
     "gguf-original",
     "torch",
 ]
+SPARSE_BY_BYTES: tuple[SparseFlavor, ...] = ("sparse-int4", "sparse-int8", "sparse-packed16", "sparse-packed32")
+"""The fewest first: decoding is bound by the bytes of the weights."""
+
 KvCache = Literal["fp32", "int8"]
 KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 """How a graph of GroupQueryAttention keeps keys and values."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from owl_deploy.bundle.names import LOGITS_FROM
 from owl_deploy.engines.protocol import Logits, TokenIds
-from owl_deploy.engines.rounded_cache import attention_for, rounds_cache
+from owl_deploy.engines.rounded_cache import attention_for
 from owl_deploy.machine.cpu import Widest, instruction_set
 
 _PIECE = 256  # tokens
-_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+CACHE_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(int8)": np.dtype(np.int8)}
+"""Of keys and values, by how ONNX Runtime calls them."""
 
 
 class OnnxRuntimeEngine:
@@ -68,7 +69,7 @@ class OnnxRuntimeEngine:
         self._buffers: dict[str, Any] = {}
         self._selects_positions = LOGITS_FROM in self._inputs
         self._shares_cache = (graph.parent / "genai_config.json").is_file()
-        self._rounds_cache = rounds_cache(graph)
+        self._rounds_cache = any(self._inputs[name].type == "tensor(int8)" for name in self._caches)
         self._ones = np.ones((batch, context), np.int64)
         self._positions = np.tile(np.arange(context, dtype=np.int64), (batch, 1))
         self._length = 0
@@ -170,7 +171,7 @@ class OnnxRuntimeEngine:
 
     def _empty_cache(self, name: str, tokens: int) -> NDArray[Any]:
         _, heads, _, head_size = self._inputs[name].shape
-        return np.zeros((self._batch, heads, tokens, head_size), _CACHE_TYPES[self._inputs[name].type])
+        return np.zeros((self._batch, heads, tokens, head_size), CACHE_TYPES[self._inputs[name].type])
 
 
 class RoundedOnnxRuntimeEngine(OnnxRuntimeEngine):

@@ -12,7 +12,7 @@ from owl_deploy.bundle.names import CACHE_BITS
 _VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # read when a session is made
 
 
-def rounds_cache(graph: Path) -> bool:
+def _rounds_cache(graph: Path) -> bool:
     """Whether this graph's GroupQueryAttention keeps keys and values as integers."""
     return CACHE_BITS.encode() in graph.read_bytes()
 
@@ -25,7 +25,7 @@ def attention_for(graph: Path) -> Iterator[None]:
     SmolLM2-135M after 2048 others in 13.1 ms, this one in 8.7 ms (onnxruntime 1.31.1, AVX-512). Whoever has set the
     variable has chosen.
     """
-    if not rounds_cache(graph) or _VARIABLE in os.environ:
+    if not _rounds_cache(graph) or _VARIABLE in os.environ:
         yield
         return
     os.environ[_VARIABLE] = "1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from owl_deploy.bundle.manifest import BundleManifest, read_bundle
-from owl_deploy.bundle.names import FLAVORS, Flavor
+from owl_deploy.bundle.names import FLAVORS, SPARSE_BY_BYTES, Flavor
 from owl_deploy.bundle.verify import verify_files
 from owl_deploy.errors import UserError
 from owl_deploy.generation.model import GenerationModel, Sampling
@@ -17,15 +17,7 @@ from owl_deploy.generation.text import TextStream, prompt_ids
 from owl_deploy.models.load import load_tokenizer
 from owl_deploy.models.source import ModelSource
 
-# Decoding is bound by the bytes of the weights: the fewest come first.
-_PREFERRED: tuple[Flavor, ...] = (
-    "sparse-int4",
-    "sparse-int8",
-    "sparse-packed16",
-    "sparse-packed32",
-    "genai",
-    "standard",
-)
+_PREFERRED: tuple[Flavor, ...] = (*SPARSE_BY_BYTES, "genai", "standard")
 
 
 @dataclass(frozen=True)

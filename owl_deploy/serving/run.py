@@ -19,7 +19,7 @@ import psutil
 import uvicorn
 
 from owl_deploy.bundle.manifest import GRAPH, MANIFEST, BundleManifest, read_bundle
-from owl_deploy.bundle.names import FLAVORS, Flavor, weights_of
+from owl_deploy.bundle.names import FLAVORS, SPARSE_BY_BYTES, Flavor, weights_of
 from owl_deploy.bundle.verify import verify_files
 from owl_deploy.errors import CheckFailed, UserError
 from owl_deploy.files import read_json
@@ -35,14 +35,7 @@ from owl_deploy.serving.runner import SlotRunner
 from owl_deploy.serving.scheduler import Scheduler
 
 _CONFIG = "genai_config.json"
-_PREFERRED: tuple[Flavor, ...] = (
-    "sparse-int8",
-    "sparse-packed16",
-    "sparse-packed32",
-    "genai-int4",
-    "genai-int8",
-    "genai",
-)
+_PREFERRED: tuple[Flavor, ...] = (*SPARSE_BY_BYTES, "genai-int4", "genai-int8", "genai")
 _DEFAULT_CONTEXT = 2048
 _SWITCH_S = 0.0005  # how long a thread may hold Python's lock: the engine's must not wait for the HTTP one
 _SAME_SIGNAL_S = 0.3  # `timeout`, shells and make send one signal to the process and to its group: it comes twice

@@ -8,7 +8,6 @@ computed one at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from owl_deploy.bundle.names import LOGITS_FROM
+from owl_deploy.engines.onnxruntime_engine import CACHE_TYPES
+from owl_deploy.engines.rounded_cache import attention_for
 from owl_deploy.errors import UserError, first_line
 from owl_deploy.sparse.library import library_path
 
@@ -40,23 +41,26 @@ class SlotRunner:
 
     def __init__(self, graph: Path, *, packed: bool, slots: int, context: int, threads: int) -> None:
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(graph), _options(threads, packed), providers=["CPUExecutionProvider"]
-            )
+            with attention_for(graph):
+                self._session = onnxruntime.InferenceSession(
+                    str(graph), _options(threads, packed), providers=["CPUExecutionProvider"]
+                )
         except Exception as error:  # of ONNX Runtime, which has a class for each of its codes
             raise UserError(f"{graph}: ONNX Runtime cannot load it ({first_line(error)}); export it again") from error
         inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self._shapes: dict[str, list[Any]] = {value.name: value.shape for value in inputs}
-        self._caches = [name for name in self._shapes if name.startswith(_PAST)]
+        self._caches = {value.name: CACHE_TYPES[value.type] for value in inputs if value.name.startswith(_PAST)}
         self._slots, self._context = slots, context
         self.vocabulary: int = self._session.get_outputs()[0].shape[-1]
-        self._buffers: dict[str, NDArray[np.float32]] = {}
+        self._buffers: dict[str, NDArray[Any]] = {}
         self._bindings: dict[tuple[int, int], Any] = {}
 
     @property
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token, in all layers."""
-        return sum(math.prod((self._shapes[name][1], self._shapes[name][3])) * 4 for name in self._caches)
+        return sum(
+            self._shapes[name][1] * self._shapes[name][3] * dtype.itemsize for name, dtype in self._caches.items()
+        )
 
     @property
     def buffer_bytes(self) -> int:
@@ -68,9 +72,9 @@ class SlotRunner:
 
         Pages that are touched for the first time while a request waits would delay it by tenths of a second.
         """
-        for name in self._caches:
+        for name, dtype in self._caches.items():
             _, heads, _, size = self._shapes[name]
-            buffer = np.empty((self._slots, heads, self._context, size), np.float32)
+            buffer = np.empty((self._slots, heads, self._context, size), dtype)
             buffer.fill(0)
             self._buffers[name] = buffer
 
@@ -143,7 +147,7 @@ class SlotRunner:
             binding = self._session.io_binding()
             for name, buffer in self._buffers.items():
                 part = buffer[first : first + rows]
-                place = ("cpu", 0, np.float32, part.shape, part.ctypes.data)
+                place = ("cpu", 0, buffer.dtype, part.shape, part.ctypes.data)
                 binding.bind_input(name, *place)
                 binding.bind_output(name.replace(_PAST, _PRESENT), *place)
             self._bindings[first, rows] = binding
