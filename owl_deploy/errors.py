@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to read: one line each, without a traceback."""
 
+import signal
+
 
 class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to do. Exit code 2."""
@@ -15,6 +17,16 @@ class UnsupportedFamily(UserError):
 
 class CheckFailed(Exception):
     """What was made is not what was asked for (parity, audit, a threshold): nothing is kept. Exit code 1."""
+
+
+def last_lines(printed: str, count: int = 1) -> str:
+    """The last lines that a program printed, on one line; empty if it printed nothing."""
+    return " | ".join([line.strip() for line in printed.splitlines() if line.strip()][-count:])
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its exit code as Python gives it: below 0 for a signal."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def first_line(error: BaseException) -> str:

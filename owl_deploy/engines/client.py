@@ -21,7 +21,7 @@ import psutil
 from owl_deploy.engines.environments import THREADS, process_variables
 from owl_deploy.engines.protocol import Logits
 from owl_deploy.engines.registry import EngineSpec
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, ending, last_lines
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LAST_LINES = 3
@@ -122,7 +122,9 @@ class EngineProcess:
             raise EngineFailed(f"no answer to '{request['do']}' in {timeout_s:.0f} s; the process was ended")
         if not line:
             self._end()
-            raise EngineFailed(f"ended ({self._how_it_ended()}) during '{request['do']}': {self._last_words()}")
+            raise EngineFailed(
+                f"ended ({ending(self._process.returncode)}) during '{request['do']}': {self._last_words()}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise EngineFailed(answer["error"])
@@ -161,11 +163,6 @@ class EngineProcess:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             return bool(selector.select(timeout_s))
 
-    def _how_it_ended(self) -> str:
-        code = self._process.returncode
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
     def _last_words(self) -> str:
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return " | ".join(lines[-_LAST_LINES:]) or "it said nothing"
+        return last_lines(self._errors.read(), _LAST_LINES) or "it said nothing"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar, cast
 
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, ending
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -34,7 +34,7 @@ def apart(what: str, work: Callable[P, ResultT], /, *arguments: P.args, **named:
     except EOFError:
         process.join()
         raise UserError(
-            f"{what}: its process ended ({_ending(process.exitcode)}); it may need more memory than there is"
+            f"{what}: its process ended ({ending(process.exitcode or 0)}); it may need more memory than there is"
         ) from None
     finally:
         process.terminate()
@@ -53,7 +53,3 @@ def _answer(
         answers.send((True, work(*arguments, **named)))
     except Exception as error:
         answers.send((False, error))
-
-
-def _ending(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

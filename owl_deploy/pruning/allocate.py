@@ -52,7 +52,7 @@ def allocate(
         return _per_block(blocks, dlp_sparsities(means, plan.sparsity, _half_range(plan), sizes))
     if plan.allocation == "owl-per-layer":
         return _per_linear(plan, blocks, weights, dense)
-    lod = [outlier_percent(dense.scores(block), plan.owl_m) for block in _held(blocks, weights)]
+    lod = outlier_percents(blocks, weights, dense, plan.owl_m)
     if isinstance(plan.pattern, MixedNM):
         counts = mixed_counts(lod, plan.pattern.prune, plan.pattern.of, _half_range(plan), sizes)
         patterns = [NM(count, plan.pattern.of) for count in counts]
@@ -78,7 +78,13 @@ def _half_range(plan: PruningPlan) -> float:
     return plan.half_range
 
 
-def _held(blocks: list[Block], weights: BlockWeights) -> Iterator[Block]:
+@torch.no_grad()
+def outlier_percents(blocks: Sequence[Block], weights: BlockWeights, dense: DenseStatistics, m: float) -> list[float]:
+    """OWL's D of each dense block, percent."""
+    return [outlier_percent(dense.scores(block), m) for block in _held(blocks, weights)]
+
+
+def _held(blocks: Sequence[Block], weights: BlockWeights) -> Iterator[Block]:
     """Each block while its weights are there."""
     for block in blocks:
         with weights.held(block):

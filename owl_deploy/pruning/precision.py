@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from owl_deploy.allocation.owl import outlier_percent
 from owl_deploy.allocation.precision import equal_shares
 from owl_deploy.errors import UserError
 from owl_deploy.files import write_json
 from owl_deploy.models.structure import Block
+from owl_deploy.pruning.allocate import outlier_percents
 from owl_deploy.pruning.calibration.dense import DenseStatistics
 from owl_deploy.pruning.plan import PruningPlan
 from owl_deploy.pruning.weights import BlockWeights
@@ -37,7 +35,7 @@ def with_grids(
             raise ValueError("a mix is shared out by outlier scores")
         if len(plan.mix) > len(blocks):
             raise UserError(f"a mix of {len(plan.mix)} grids: this model has {len(blocks)} blocks")
-        taken = equal_shares(lod(blocks, weights, dense, plan.owl_m), len(plan.mix))
+        taken = equal_shares(outlier_percents(blocks, weights, dense, plan.owl_m), len(plan.mix))
         return replace(plan, mix=None, linear_weights=by_linear(blocks, [plan.mix[option] for option in taken]))
     if plan.linear_weights is not None:
         return replace(plan, linear_weights=_expanded(plan.linear_weights, blocks))
@@ -50,16 +48,6 @@ def write_grids(plan: PruningPlan, blocks: Sequence[Block], directory: Path) -> 
         directory / GRIDS_FILE,
         {block.name: plan.weights_of(block.full_name(name)) for block in blocks for name in block.linears},
     )
-
-
-@torch.no_grad()
-def lod(blocks: Sequence[Block], weights: BlockWeights, dense: DenseStatistics, m: float) -> list[float]:
-    """OWL's D of each dense block, percent."""
-    found = []
-    for block in blocks:
-        with weights.held(block):
-            found.append(outlier_percent(dense.scores(block), m))
-    return found
 
 
 def by_linear(blocks: Sequence[Block], grids: Sequence[Rounded]) -> dict[str, Rounded]:

@@ -11,9 +11,10 @@ import torch
 from owl_deploy.allocation.precision import equal_shares
 from owl_deploy.errors import UserError
 from owl_deploy.models.structure import Block, matrix_of, set_matrix
+from owl_deploy.pruning.allocate import outlier_percents
 from owl_deploy.pruning.calibration.dense import DenseStatistics
 from owl_deploy.pruning.plan import PruningPlan
-from owl_deploy.pruning.precision import by_linear, lod
+from owl_deploy.pruning.precision import by_linear
 from owl_deploy.pruning.weights import BlockWeights
 from owl_deploy.rounding import Rounded, rounded_asymmetrically
 from owl_deploy.studies.cells import Precision
@@ -33,7 +34,7 @@ def options_of(
     if count == 1:
         importance = [0.0] * len(blocks)
     elif precision.by == "owl":
-        importance = lod(blocks, weights, dense, m)
+        importance = outlier_percents(blocks, weights, dense, m)
     elif precision.by == "l1":
         importance = [_mean_magnitude(block, weights) for block in blocks]
     else:

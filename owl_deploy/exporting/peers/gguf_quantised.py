@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from owl_deploy.bundle.names import model_file
 from owl_deploy.engines.environments import process_variables
 from owl_deploy.engines.registry import LLAMA_CPP
-from owl_deploy.errors import UserError
+from owl_deploy.errors import UserError, last_lines
 from owl_deploy.exporting.peers.gguf import tensor_name, write_gguf
 from owl_deploy.exporting.peers.importance import mean_squares
 from owl_deploy.models.load import load_model
@@ -66,8 +66,8 @@ def write_gguf_quantised(
         variables = process_variables(LLAMA_CPP)
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
         if done.returncode != 0:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            raise UserError(f"{checkpoint}: llama.cpp's quantiser failed ({lines[-1] if lines else done.returncode})")
+            reason = last_lines(done.stderr) or done.returncode
+            raise UserError(f"{checkpoint}: llama.cpp's quantiser failed ({reason})")
     count, length = ids.shape
     note = f"{types_in(out / _MODEL)}; importance matrix from {count} windows of {length} tokens"
     return f"{LLAMA_CPP.requirements[0].replace('==', ' ')}, {made_by}", note

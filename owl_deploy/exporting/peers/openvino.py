@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.engines.environments import process_variables
 from owl_deploy.engines.registry import OPENVINO
-from owl_deploy.errors import UnsupportedFamily, UserError
+from owl_deploy.errors import UnsupportedFamily, UserError, last_lines
 
 Precision = Literal["fp32", "int8", "int4"]
 
@@ -107,8 +107,7 @@ def _refuse(checkpoint: Path, printed: str, tool: str) -> None:
         UnsupportedFamily: the last line that was printed says so.
         UserError: anything else; it ends with that line.
     """
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    reason = lines[-1] if lines else "it said nothing"
+    reason = last_lines(printed) or "it said nothing"
     if any(words in reason for words in _UNKNOWN_FAMILY):
         raise UnsupportedFamily(f"{checkpoint}: optimum-intel does not know this family ({reason})")
     raise UserError(f"{checkpoint}: {tool} failed ({reason})")
